@@ -1,0 +1,1 @@
+"""The verbs that operations may await, and their blocking and asyncio implementations."""

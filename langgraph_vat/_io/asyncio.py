@@ -1,0 +1,107 @@
+"""The backend verbs over asyncio clients, which belong to one event loop."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import psycopg
+import redis
+import redis.asyncio
+from langchain_core.embeddings import Embeddings
+from psycopg_pool import AsyncConnectionPool
+
+from langgraph_vat._io.mapping import is_repeatable, map_postgres, map_redis
+from langgraph_vat._io.protocols import Params, Query, Row, Script, Session
+
+T = TypeVar("T")
+Connection = psycopg.AsyncConnection[Row]
+
+
+class AsyncioSession:
+    """A transaction on an asyncio connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        cursor = await self._connection.execute(query, params, binary=True)
+        return await cursor.fetchall()
+
+    async def execute(self, query: Query, params: Params = None) -> None:
+        await self._connection.execute(query, params)
+
+
+class AsyncioDurable:
+    """Postgres through a pool of asyncio connections."""
+
+    def __init__(self, pool: AsyncConnectionPool[Connection]) -> None:
+        self._pool = pool
+
+    async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
+        async def attempt(connection: Connection) -> T:
+            async with connection.pipeline(), connection.transaction():
+                return await body(AsyncioSession(connection))
+
+        return await self._twice(attempt)
+
+    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        async def attempt(connection: Connection) -> list[Row]:
+            return await AsyncioSession(connection).fetch(query, params)
+
+        return await self._twice(attempt)
+
+    async def _twice(self, attempt: Callable[[Connection], Awaitable[T]]) -> T:
+        with map_postgres():
+            try:
+                async with self._pool.connection() as connection:
+                    return await attempt(connection)
+            except psycopg.OperationalError as error:
+                if not is_repeatable(error):
+                    raise
+            # One connection died, so the others probably did: have the pool
+            # replace them before the second and last attempt.
+            await self._pool.check()
+            async with self._pool.connection() as connection:
+                return await attempt(connection)
+
+
+class AsyncioHot:
+    """Redis through an asyncio client."""
+
+    def __init__(self, client: "redis.asyncio.Redis | redis.asyncio.RedisCluster") -> None:
+        self._client: Any = client
+
+    async def script(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+    ) -> Any:
+        with map_redis():
+            try:
+                return await self._client.evalsha(script.sha1, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return await self._client.eval(script.source, len(keys), *keys, *args)
+
+    async def script_each(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+    ) -> list[Any]:
+        with map_redis():
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.eval(script.source, 1, key, *args)
+            return list(await pipeline.execute())
+
+
+class AsyncioBackend:
+    """Both tiers for the callers on one event loop."""
+
+    def __init__(self, durable: AsyncioDurable, hot: AsyncioHot | None) -> None:
+        self.durable = durable
+        self.hot = hot
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
+        return await embeddings.aembed_documents(list(texts))
+
+    async def embed_query(self, embeddings: Embeddings, text: str) -> list[float]:
+        return await embeddings.aembed_query(text)

@@ -1,0 +1,105 @@
+"""The backend verbs over blocking clients. No method here ever suspends."""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import psycopg
+import redis
+from langchain_core.embeddings import Embeddings
+from psycopg_pool import ConnectionPool
+
+from langgraph_vat._io.mapping import is_repeatable, map_postgres, map_redis
+from langgraph_vat._io.protocols import Params, Query, Row, Script, Session
+
+T = TypeVar("T")
+Connection = psycopg.Connection[Row]
+
+
+class BlockingSession:
+    """A transaction on a blocking connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        return self._connection.execute(query, params, binary=True).fetchall()
+
+    async def execute(self, query: Query, params: Params = None) -> None:
+        self._connection.execute(query, params)
+
+
+class BlockingDurable:
+    """Postgres through a pool of blocking connections, shared by all threads."""
+
+    def __init__(self, pool: ConnectionPool[Connection]) -> None:
+        self._pool = pool
+
+    async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
+        async def attempt(connection: Connection) -> T:
+            with connection.pipeline(), connection.transaction():
+                return await body(BlockingSession(connection))
+
+        return await self._twice(attempt)
+
+    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        async def attempt(connection: Connection) -> list[Row]:
+            return await BlockingSession(connection).fetch(query, params)
+
+        return await self._twice(attempt)
+
+    async def _twice(self, attempt: Callable[[Connection], Awaitable[T]]) -> T:
+        with map_postgres():
+            try:
+                with self._pool.connection() as connection:
+                    return await attempt(connection)
+            except psycopg.OperationalError as error:
+                if not is_repeatable(error):
+                    raise
+            # One connection died, so the others probably did: have the pool
+            # replace them before the second and last attempt.
+            self._pool.check()
+            with self._pool.connection() as connection:
+                return await attempt(connection)
+
+
+class BlockingHot:
+    """Redis through a blocking client."""
+
+    def __init__(self, client: "redis.Redis | redis.RedisCluster") -> None:
+        self._client: Any = client
+
+    async def script(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+    ) -> Any:
+        with map_redis():
+            try:
+                return self._client.evalsha(script.sha1, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return self._client.eval(script.source, len(keys), *keys, *args)
+
+    async def script_each(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+    ) -> list[Any]:
+        with map_redis():
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.eval(script.source, 1, key, *args)
+            return list(pipeline.execute())
+
+
+class BlockingBackend:
+    """Both tiers for blocking callers."""
+
+    def __init__(self, durable: BlockingDurable, hot: BlockingHot | None) -> None:
+        self.durable = durable
+        self.hot = hot
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)  # noqa: ASYNC251 - the blocking colour of this verb
+
+    async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
+        return embeddings.embed_documents(list(texts))
+
+    async def embed_query(self, embeddings: Embeddings, text: str) -> list[float]:
+        return embeddings.embed_query(text)

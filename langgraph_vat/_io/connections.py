@@ -1,0 +1,206 @@
+"""
+Who owns sockets: one blocking backend a process, one asyncio backend an event loop.
+
+Nothing is opened before it is first needed, so an object that holds this can
+be made at import time, inside or outside a loop. An asyncio socket dies with
+its loop; an async generator that the loop closes when it shuts down
+(`asyncio.run` does) is how we learn of that, and close the sockets in time.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import psycopg
+import redis
+import redis.asyncio
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from redis.backoff import NoBackoff
+
+from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
+from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
+from langgraph_vat.errors import ConfigurationError, UnavailableError
+from langgraph_vat.settings import Settings
+
+_CLUSTER = "+cluster"
+
+
+class Connections:
+    """
+    The two tiers' addresses, and the backends made from them.
+
+    Args:
+        postgres: A libpq connection string or URL.
+        redis_url: ``redis://``, ``rediss://``, ``unix://``, or
+            ``redis+cluster://`` for a cluster; None for Postgres alone.
+        settings: Pool size and time limits.
+        schema: Postgres schema of the tables; None for the role's default.
+    """
+
+    def __init__(
+        self, postgres: str, redis_url: str | None, settings: Settings, schema: str | None = None
+    ) -> None:
+        self._postgres = postgres
+        self._redis = redis_url
+        self._settings = settings
+        self._kwargs = _connection_kwargs(postgres, settings, schema)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._blocking: tuple[BlockingBackend, ConnectionPool[Any], Any] | None = None
+        self._asyncio: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, tuple[AsyncioBackend, AsyncGenerator[None]]
+        ] = WeakKeyDictionary()
+
+    @property
+    def is_hot(self) -> bool:
+        """Whether there is a Redis."""
+        return self._redis is not None
+
+    def blocking(self) -> BlockingBackend:
+        """
+        The backend for blocking callers, connected on first use.
+
+        Raises:
+            UnavailableError: Postgres does not answer.
+        """
+        opened = self._blocking
+        if opened is None:
+            with self._lock:
+                self._refuse_closed()
+                opened = self._blocking = self._blocking or self._open_blocking()
+        return opened[0]
+
+    async def asyncio(self) -> AsyncioBackend:
+        """The backend of the running event loop, likewise."""
+        loop = asyncio.get_running_loop()
+        opened = self._asyncio.get(loop)
+        if opened is None:
+            self._refuse_closed()
+            opened = await self._open_asyncio()
+            with self._lock:
+                # Two tasks of this loop may have come here together: the first stays.
+                kept = self._asyncio.setdefault(loop, opened)
+            if kept is not opened:
+                await opened[1].aclose()
+            opened = kept
+        return opened[0]
+
+    def close(self) -> None:
+        """Close the blocking connections. Those of event loops close with `aclose` or their loop."""
+        with self._lock:
+            self._closed = True
+            opened, self._blocking = self._blocking, None
+        if opened is not None:
+            opened[1].close()
+            if opened[2] is not None:
+                opened[2].close()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running loop, and the blocking ones."""
+        opened = self._asyncio.pop(asyncio.get_running_loop(), None)
+        if opened is not None:
+            await opened[1].aclose()
+        self.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            msg = "this saver or store was closed; make a new one, or use it inside its `with` block"
+            raise ConfigurationError(msg)
+
+    def _open_blocking(self) -> tuple[BlockingBackend, ConnectionPool[Any], Any]:
+        try:
+            psycopg.connect(self._postgres, **self._kwargs).close()
+        except psycopg.OperationalError as error:
+            raise self._no_postgres() from error
+        pool: ConnectionPool[Any] = ConnectionPool(
+            self._postgres, kwargs=self._kwargs, open=True, **_pool_kwargs(self._settings)
+        )
+        client = None
+        if self._redis is not None:
+            url, is_cluster = _redis_url(self._redis)
+            kind: Any = redis.RedisCluster if is_cluster else redis.Redis
+            retry = redis.retry.Retry(NoBackoff(), 1)
+            client = kind.from_url(url, retry=retry, **_redis_kwargs(self._settings))
+        hot = BlockingHot(client) if client is not None else None
+        return BlockingBackend(BlockingDurable(pool), hot), pool, client
+
+    async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None]]:
+        try:
+            await (await psycopg.AsyncConnection.connect(self._postgres, **self._kwargs)).close()
+        except psycopg.OperationalError as error:
+            raise self._no_postgres() from error
+        pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+            self._postgres, kwargs=self._kwargs, open=False, **_pool_kwargs(self._settings)
+        )
+        await pool.open()
+        client = None
+        if self._redis is not None:
+            url, is_cluster = _redis_url(self._redis)
+            kind: Any = redis.asyncio.RedisCluster if is_cluster else redis.asyncio.Redis
+            retry = redis.asyncio.retry.Retry(NoBackoff(), 1)
+            client = kind.from_url(url, retry=retry, **_redis_kwargs(self._settings))
+        hot = AsyncioHot(client) if client is not None else None
+        lifetime = _until_loop_ends(pool, client)
+        await anext(lifetime)
+        return AsyncioBackend(AsyncioDurable(pool), hot), lifetime
+
+    def _no_postgres(self) -> UnavailableError:
+        parts = conninfo_to_dict(self._postgres)
+        return UnavailableError(
+            f"no connection to Postgres at host {parts.get('host', 'localhost')!r}, port"
+            f" {parts.get('port', 5432)}, database {parts.get('dbname', parts.get('user'))!r}."
+            " Nothing was written. Check the address, the credentials and that the server runs."
+        )
+
+
+async def _until_loop_ends(pool: AsyncConnectionPool[Any], client: Any) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        await pool.close()
+        if client is not None:
+            await client.aclose()
+
+
+def _connection_kwargs(postgres: str, settings: Settings, schema: str | None) -> dict[str, Any]:
+    try:
+        given = conninfo_to_dict(postgres)
+    except psycopg.ProgrammingError as error:
+        msg = "the Postgres connection string cannot be read; write postgresql://user@host:port/name"
+        raise ConfigurationError(msg) from error
+    kwargs: dict[str, Any] = {
+        "autocommit": True,
+        "connect_timeout": max(2, int(settings.timeout_s)),
+        "application_name": given.get("application_name", "langgraph-vat"),
+    }
+    if schema is not None:
+        if not schema.isidentifier():
+            msg = "schema must be a plain identifier: letters, digits and underscores"
+            raise ConfigurationError(msg)
+        # The extension's types usually live in public.
+        path = f"-c search_path={schema},public"
+        kwargs["options"] = f"{given.get('options', '')} {path}".strip()
+    return kwargs
+
+
+def _pool_kwargs(settings: Settings) -> dict[str, Any]:
+    return {"min_size": 1, "max_size": settings.pool_size, "timeout": settings.timeout_s}
+
+
+def _redis_kwargs(settings: Settings) -> dict[str, Any]:
+    return {
+        "socket_timeout": settings.timeout_s,
+        "socket_connect_timeout": settings.timeout_s,
+        "protocol": 2,
+    }
+
+
+def _redis_url(url: str) -> tuple[str, bool]:
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.removesuffix(_CLUSTER) not in ("redis", "rediss", "unix"):
+        msg = "the Redis URL must start with redis://, rediss://, unix:// or redis+cluster://"
+        raise ConfigurationError(msg)
+    return f"{scheme.removesuffix(_CLUSTER)}://{rest}", scheme.endswith(_CLUSTER)

@@ -1,0 +1,66 @@
+"""What each driver's exceptions mean to us. Used by the verbs, and nowhere else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import redis
+
+from langgraph_vat._io.protocols import HotTierError
+from langgraph_vat.errors import SchemaError, UnavailableError
+
+# Redis answers, but cannot take a write or does not know the data: replies of
+# a full server, a replica, a failed save, a cluster without its majority.
+_HOT_REFUSALS = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "BUSY", "LOADING")
+
+
+def is_repeatable(error: psycopg.OperationalError) -> bool:
+    """
+    Whether running the same transaction again may succeed at once.
+
+    Without a SQLSTATE the connection itself failed. A pool that timed out is
+    the exception: it has just waited as long as it may.
+    """
+    if isinstance(error, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
+        return True
+    if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown):
+        return True
+    return error.sqlstate is None and not type(error).__module__.startswith("psycopg_pool")
+
+
+@contextmanager
+def map_postgres() -> Iterator[None]:
+    """Raise `UnavailableError` where Postgres is away, `SchemaError` where it is not set up."""
+    try:
+        yield
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
+        msg = (
+            f"Postgres has no schema for this version of langgraph-vat ({error.diag.message_primary})."
+            " Nothing was written. Run setup() once, with a role that may create tables."
+        )
+        raise SchemaError(msg) from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        msg = (
+            f"the Postgres role lacks a right ({error.diag.message_primary})."
+            " Nothing was written. Grant it, or run setup() once with a role that has it."
+        )
+        raise SchemaError(msg) from error
+    except psycopg.OperationalError as error:
+        msg = (
+            f"Postgres did not answer ({type(error).__name__}). The operation happened whole or"
+            " not at all; repeat it once the server is reachable."
+        )
+        raise UnavailableError(msg) from error
+
+
+@contextmanager
+def map_redis() -> Iterator[None]:
+    """Raise `HotTierError` where Redis is away or refuses to write."""
+    try:
+        yield
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+        raise HotTierError(type(error).__name__) from error
+    except redis.exceptions.ResponseError as error:
+        if any(refusal in str(error) for refusal in _HOT_REFUSALS):
+            raise HotTierError(str(error)) from error
+        raise

@@ -1,0 +1,122 @@
+"""
+Every verb an operation may await, with its guarantee.
+
+The verbs are few and dumb: no policy and no encoding. A driver's own
+exceptions are mapped where a verb is implemented, and nowhere else:
+
+- Postgres does not answer -> `UnavailableError`
+- Redis does not answer, or refuses to write -> `HotTierError`, which the
+  operations turn into a detour through Postgres. It never reaches a caller.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, LiteralString, Protocol, TypeAlias, TypeVar
+
+from langchain_core.embeddings import Embeddings
+from psycopg import sql
+
+T = TypeVar("T")
+Query: TypeAlias = LiteralString | sql.SQL | sql.Composed
+Params: TypeAlias = Sequence[Any] | Mapping[str, Any] | None
+Row: TypeAlias = tuple[Any, ...]
+
+
+class HotTierError(Exception):
+    """Redis did not do what was asked; whether it did it is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and the SHA-1 by which Redis caches it."""
+
+    name: str
+    source: str
+    sha1: str
+
+
+class Session(Protocol):
+    """One transaction on one connection: READ COMMITTED, rolled back on any error."""
+
+    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        """Run `query` and return its rows. Everything sent before it has run."""
+        ...
+
+    async def execute(self, query: Query, params: Params = None) -> None:
+        """
+        Queue `query`, returning before it ran; its rows are dropped.
+
+        It runs in order, before the next `fetch` returns or the transaction
+        commits, and an error surfaces there. So a transaction costs a round
+        trip per `fetch` and one for the commit, however many statements it has.
+        """
+        ...
+
+
+class Durable(Protocol):
+    """Postgres."""
+
+    async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
+        """
+        Run `body` in a transaction of its own; committed when this returns.
+
+        `body` is run a second time, on another connection, when the first one
+        turns out dead or is chosen as a deadlock's victim: it must be
+        repeatable.
+
+        Raises:
+            UnavailableError: No connection, or it broke twice. The transaction
+                may or may not have been committed.
+        """
+        ...
+
+    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        """
+        Run one statement that commits by itself and return its rows.
+
+        Repeated once on a dead connection, like `transact`.
+        """
+        ...
+
+
+class Hot(Protocol):
+    """Redis."""
+
+    async def script(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+    ) -> Any:
+        """
+        Run `script` atomically and return its reply: int, bytes or lists of them.
+
+        One round trip once Redis has the script cached. All `keys` share a
+        cluster slot.
+
+        Raises:
+            HotTierError: No usable answer. It may have run or not.
+        """
+        ...
+
+    async def script_each(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+    ) -> list[Any]:
+        """Run `script` once for each of `keys`, in one round trip to each server."""
+        ...
+
+
+class Backend(Protocol):
+    """Both tiers in one colour, with the few other things that differ by colour."""
+
+    durable: Durable
+    hot: Hot | None
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
+    async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
+        """Embed documents by the embedder's own blocking or asyncio method."""
+        ...
+
+    async def embed_query(self, embeddings: Embeddings, text: str) -> list[float]:
+        """Embed one search query, likewise."""
+        ...

@@ -1,0 +1,69 @@
+"""
+Every error this package raises, in one small hierarchy.
+
+Each message says what happened, what it means for the data and what to do.
+Messages carry ids, sizes and names of settings; never a value that a user
+stored, never a key.
+"""
+
+
+class VatError(Exception):
+    """Base of all errors raised by langgraph-vat."""
+
+
+class ConfigurationError(VatError, ValueError):
+    """A setting cannot work. Nothing was written; fix the setting."""
+
+
+class InvalidInputError(VatError, ValueError):
+    """An argument is not something the backends can hold. Nothing was written."""
+
+
+class UnavailableError(VatError):
+    """
+    A backend did not answer.
+
+    The operation may have happened whole or not at all, never in part.
+    Repeating it is safe.
+    """
+
+
+class SchemaError(VatError):
+    """The Postgres schema is missing, older, newer or locked. Nothing was changed."""
+
+
+class ThreadDeletedError(VatError):
+    """
+    A late write to a thread that was deleted meanwhile.
+
+    The write was refused and nothing of the deleted thread came back. Start
+    the conversation anew, without a parent checkpoint, to use the id again.
+    """
+
+
+class QuarantinedError(VatError):
+    """
+    Earlier steps of this thread cannot be stored in Postgres.
+
+    They stay in the journal, other threads go on. The cause is in
+    ``__cause__``.
+    """
+
+
+class SealError(VatError):
+    """
+    Sealed data could not be opened: it was changed, moved or truncated, it is
+    not sealed although it must be, or its key is gone.
+
+    One message for every cause, so that it tells an attacker nothing.
+    """
+
+
+class UnknownKeyError(SealError):
+    """The keyring does not hold the key that sealed this data. Names the key id."""
+
+
+for _error in list(vars().values()):
+    if isinstance(_error, type) and issubclass(_error, VatError):
+        _error.__module__ = "langgraph_vat"
+del _error

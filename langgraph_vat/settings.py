@@ -1,0 +1,52 @@
+"""What can be tuned, with units in the names; checked when it is set."""
+
+from dataclasses import dataclass
+
+from langgraph_vat.errors import ConfigurationError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """
+    Limits and times of one pair of tiers.
+
+    Attributes:
+        flush_every: Super-steps of a thread that may wait in Redis; 1 commits
+            every step in Postgres before it is acknowledged.
+        flush_after: Seconds that a step may wait in Redis.
+        head_ttl_s: Seconds that an idle thread stays hot.
+        max_head_bytes: A state larger than this is not kept hot.
+        pool_size: Most Postgres connections of a process, for blocking callers
+            together and for each event loop.
+        timeout_s: Seconds to wait for a connection or an answer.
+        epoch_ttl_s: Seconds for which a process may trust its last look at
+            Postgres before it serves another read from Redis.
+        key_prefix: First word of every Redis key.
+    """
+
+    flush_every: int = 8
+    flush_after: float = 2.0
+    head_ttl_s: int = 86_400
+    max_head_bytes: int = 16 * 2**20
+    pool_size: int = 16
+    timeout_s: float = 10.0
+    epoch_ttl_s: float = 1.0
+    key_prefix: str = "vat"
+
+    def __post_init__(self) -> None:
+        _require(self.flush_every >= 1, "flush_every must be at least 1 super-step")
+        _require(self.flush_after > 0, "flush_after must be more than 0 seconds")
+        _require(self.head_ttl_s >= 1, "head_ttl_s must be at least 1 second")
+        _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")
+        _require(self.pool_size >= 1, "pool_size must be at least 1 connection")
+        _require(self.timeout_s > 0, "timeout_s must be more than 0 seconds")
+        _require(self.epoch_ttl_s > 0, "epoch_ttl_s must be more than 0 seconds")
+        _require(
+            self.key_prefix.isidentifier(),
+            "key_prefix must be letters, digits and underscores, and start with a letter",
+        )
