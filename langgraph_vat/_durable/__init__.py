@@ -1,0 +1,1 @@
+"""The durable tier: every SQL statement, and the schema."""

@@ -1,0 +1,422 @@
+"""
+Every statement on the checkpoint tables.
+
+The tables are LangGraph's own (`checkpoints`, `checkpoint_blobs`,
+`checkpoint_writes`) with two columns added, and four of ours. Unless a
+comment says otherwise a statement is served by the primary key of the table
+it names: each begins with ``thread_id``. The schema is chosen by the
+connection's search path, so the statements are constants.
+"""
+
+from typing import LiteralString
+
+# --- threads -------------------------------------------------------------
+
+FIND_THREAD: LiteralString = """
+SELECT generation::text, history, data_key FROM vat_threads WHERE thread_id = %(thread)s
+"""
+
+# A thread that PostgresSaver wrote has rows but no fence yet: its first reader adds it.
+HAS_ROWS: LiteralString = """
+SELECT EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
+    OR EXISTS (SELECT FROM checkpoint_writes WHERE thread_id = %(thread)s)
+"""
+
+ADD_THREAD: LiteralString = """
+INSERT INTO vat_threads (thread_id, generation, data_key)
+VALUES (%(thread)s, %(generation)s, %(data_key)s)
+ON CONFLICT (thread_id) DO NOTHING
+"""
+
+# The lock that orders a thread's flushes and changes of history. Sorted, so
+# that two transactions never wait for each other.
+LOCK_THREADS: LiteralString = """
+SELECT thread_id, generation::text, history FROM vat_threads
+WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE
+"""
+
+TRY_LOCK_THREADS: LiteralString = """
+SELECT thread_id, generation::text, history FROM vat_threads
+WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE SKIP LOCKED
+"""
+
+TOUCH_THREADS: LiteralString = """
+UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s)
+"""
+
+RAISE_HISTORY: LiteralString = """
+UPDATE vat_threads SET history = history + 1
+WHERE thread_id = %(thread)s AND generation = %(generation)s AND history = %(history)s
+"""
+
+# --- flush ---------------------------------------------------------------
+
+# What a flush must know before it writes, in one answer: values that entries
+# rely on and nobody stored, floors of pruned namespaces, runs that were deleted.
+CHECK_ENTRIES: LiteralString = """
+SELECT 'missing', n.thread_id, n.checkpoint_ns, n.channel, n.version
+FROM unnest(%(need_threads)s::text[], %(need_namespaces)s::text[],
+            %(need_channels)s::text[], %(need_versions)s::text[])
+    AS n (thread_id, checkpoint_ns, channel, version)
+WHERE NOT EXISTS (
+    SELECT FROM checkpoint_blobs b
+    WHERE b.thread_id = n.thread_id AND b.checkpoint_ns = n.checkpoint_ns
+    AND b.channel = n.channel AND b.version = n.version
+)
+UNION ALL
+SELECT 'floor', f.thread_id, f.checkpoint_ns, f.floor, ''
+FROM vat_floors f WHERE f.thread_id = ANY(%(threads)s)
+UNION ALL
+SELECT 'run', r.run_id, '', '', ''
+FROM vat_deleted_runs r WHERE r.run_id = ANY(%(runs)s)
+"""
+
+# A version's value never changes, so a conflict is the same entry come again;
+# a caller that did reuse a version gets what it put last, as InMemorySaver does.
+INSERT_BLOBS: LiteralString = """
+INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
+SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
+                     %(versions)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO UPDATE
+SET type = excluded.type, blob = excluded.blob
+WHERE checkpoint_blobs.blob IS DISTINCT FROM excluded.blob
+"""
+
+INSERT_MISSING_BLOBS: LiteralString = """
+INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
+SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
+                     %(versions)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO NOTHING
+"""
+
+INSERT_CHECKPOINTS: LiteralString = """
+INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id,
+                         checkpoint, metadata, vat_type, vat_exact)
+SELECT thread_id, checkpoint_ns, checkpoint_id, nullif(parent, ''),
+       checkpoint::jsonb, metadata::jsonb, nullif(type, ''), exact
+FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[], %(parents)s::text[],
+            %(checkpoints)s::text[], %(metadata)s::text[], %(types)s::text[], %(exacts)s::bytea[])
+    AS e (thread_id, checkpoint_ns, checkpoint_id, parent, checkpoint, metadata, type, exact)
+ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id) DO UPDATE
+SET parent_checkpoint_id = excluded.parent_checkpoint_id, checkpoint = excluded.checkpoint,
+    metadata = excluded.metadata, vat_type = excluded.vat_type, vat_exact = excluded.vat_exact
+"""
+
+INSERT_FIRST_WRITES: LiteralString = """
+INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
+                               task_path, channel, type, blob)
+SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[],
+                     %(tasks)s::text[], %(idxs)s::int[], %(paths)s::text[],
+                     %(channels)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO NOTHING
+"""
+
+INSERT_LAST_WRITES: LiteralString = """
+INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
+                               task_path, channel, type, blob)
+SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[],
+                     %(tasks)s::text[], %(idxs)s::int[], %(paths)s::text[],
+                     %(channels)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO UPDATE
+SET task_path = excluded.task_path, channel = excluded.channel,
+    type = excluded.type, blob = excluded.blob
+"""
+
+# --- read ----------------------------------------------------------------
+
+_SNAPSHOT: LiteralString = """
+SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoint_id, ''),
+    c.checkpoint, c.metadata, coalesce(c.vat_type, ''), coalesce(c.vat_exact, ''),
+    ARRAY(
+        SELECT ARRAY[convert_to(b.channel, 'UTF8'), convert_to(b.version, 'UTF8'),
+                     convert_to(b.type, 'UTF8'), b.blob]
+        FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
+        JOIN checkpoint_blobs b
+            ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+            AND b.channel = v.key AND b.version = v.value
+    ),
+    ARRAY(
+        SELECT ARRAY[convert_to(w.task_id, 'UTF8'), convert_to(w.idx::text, 'UTF8'),
+                     convert_to(w.task_path, 'UTF8'), convert_to(w.channel, 'UTF8'),
+                     convert_to(w.type, 'UTF8'), w.blob]
+        FROM checkpoint_writes w
+        WHERE w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
+        AND w.checkpoint_id = c.checkpoint_id
+    )
+FROM checkpoints c
+"""
+
+SELECT_LATEST: LiteralString = (
+    _SNAPSHOT
+    + """
+WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
+ORDER BY c.checkpoint_id DESC LIMIT 1
+"""
+)
+
+SELECT_ONE: LiteralString = (
+    _SNAPSHOT
+    + """
+WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
+AND c.checkpoint_id = %(checkpoint)s
+"""
+)
+
+# One page of a list, newest first. Each absent condition is a null. Equal ids
+# in several threads or namespaces (copies) are ordered by those. A scoped view
+# sees the thread ids with its prefix; the unscoped one, those without any tenant's.
+SELECT_PAGE: LiteralString = (
+    _SNAPSHOT
+    + """
+WHERE (%(thread)s::text IS NULL OR c.thread_id = %(thread)s)
+AND starts_with(c.thread_id, %(prefix)s) = %(scoped)s
+AND (%(namespace)s::text IS NULL OR c.checkpoint_ns = %(namespace)s)
+AND (%(checkpoint)s::text IS NULL OR c.checkpoint_id = %(checkpoint)s)
+AND (%(before)s::text IS NULL OR c.checkpoint_id < %(before)s)
+AND (%(after_id)s::text IS NULL
+     OR (c.checkpoint_id, c.thread_id, c.checkpoint_ns)
+        < (%(after_id)s, %(after_thread)s, %(after_namespace)s))
+AND NOT EXISTS (
+    SELECT FROM jsonb_each(%(filter)s::jsonb) AS f
+    WHERE coalesce(c.metadata -> f.key, 'null') <> f.value
+)
+ORDER BY c.checkpoint_id DESC, c.thread_id DESC, c.checkpoint_ns DESC
+LIMIT %(limit)s
+"""
+)
+
+# The ancestors of a checkpoint that some channel's value still depends on:
+# each channel's walk ends at the nearest one that stores a value.
+_CHAIN: LiteralString = """
+WITH RECURSIVE chain AS (
+    SELECT p.checkpoint_ns, p.checkpoint_id, p.parent_checkpoint_id, p.checkpoint,
+           1 AS depth, %(channels)s::text[] AS channels
+    FROM checkpoints t
+    JOIN checkpoints p ON p.thread_id = t.thread_id AND p.checkpoint_ns = t.checkpoint_ns
+        AND p.checkpoint_id = t.parent_checkpoint_id
+    WHERE t.thread_id = %(thread)s AND t.checkpoint_ns = %(namespace)s
+    AND t.checkpoint_id = %(checkpoint)s
+    UNION ALL
+    SELECT p.checkpoint_ns, p.checkpoint_id, p.parent_checkpoint_id, p.checkpoint,
+           c.depth + 1, rest.channels
+    FROM chain c
+    CROSS JOIN LATERAL (
+        SELECT coalesce(array_agg(name), '{}') AS channels
+        FROM unnest(c.channels) AS name
+        WHERE NOT coalesce(c.checkpoint -> 'channel_values', '{}') ? name
+        AND NOT EXISTS (
+            SELECT FROM checkpoint_blobs b
+            WHERE b.thread_id = %(thread)s AND b.checkpoint_ns = c.checkpoint_ns
+            AND b.channel = name AND b.version = c.checkpoint -> 'channel_versions' ->> name
+            AND b.type <> 'empty'
+        )
+    ) AS rest
+    JOIN checkpoints p ON p.thread_id = %(thread)s AND p.checkpoint_ns = c.checkpoint_ns
+        AND p.checkpoint_id = c.parent_checkpoint_id
+    WHERE rest.channels <> '{}'
+)
+"""
+
+# Writes and stored values along the chain, nearest ancestor first.
+SELECT_DELTA_HISTORY: LiteralString = (
+    _CHAIN
+    + """
+SELECT 'write', c.depth, c.checkpoint_id, w.channel, w.task_path, w.task_id, w.idx,
+       w.type, w.blob, NULL::jsonb
+FROM chain c
+JOIN checkpoint_writes w ON w.thread_id = %(thread)s AND w.checkpoint_ns = c.checkpoint_ns
+    AND w.checkpoint_id = c.checkpoint_id AND w.channel = ANY(c.channels)
+UNION ALL
+SELECT 'blob', c.depth, b.version, b.channel, '', '', 0, b.type, b.blob, NULL
+FROM chain c
+JOIN checkpoint_blobs b ON b.thread_id = %(thread)s AND b.checkpoint_ns = c.checkpoint_ns
+    AND b.channel = ANY(c.channels) AND b.type <> 'empty'
+    AND b.version = c.checkpoint -> 'channel_versions' ->> b.channel
+UNION ALL
+SELECT 'inline', c.depth, '', v.key, '', '', 0, '', NULL, v.value
+FROM chain c
+CROSS JOIN LATERAL jsonb_each(coalesce(c.checkpoint -> 'channel_values', '{}')) AS v
+WHERE v.key = ANY(c.channels)
+ORDER BY 2
+"""
+)
+
+# --- retention -----------------------------------------------------------
+
+DELETE_ROWS: tuple[LiteralString, ...] = (
+    "DELETE FROM checkpoints WHERE thread_id = %(thread)s",
+    "DELETE FROM checkpoint_blobs WHERE thread_id = %(thread)s",
+    "DELETE FROM checkpoint_writes WHERE thread_id = %(thread)s",
+    "DELETE FROM vat_floors WHERE thread_id = %(thread)s",
+)
+
+FORGET_THREAD: LiteralString = "DELETE FROM vat_threads WHERE thread_id = %(thread)s"
+
+# The newest checkpoint of each namespace, and the channels whose value must
+# be rebuilt from its ancestors' writes (DeltaChannel leaves them counters).
+SELECT_HEADS: LiteralString = """
+SELECT DISTINCT ON (checkpoint_ns) checkpoint_ns, checkpoint_id,
+    ARRAY(SELECT jsonb_object_keys(
+        coalesce(metadata -> 'counters_since_delta_snapshot', '{}')))
+FROM checkpoints WHERE thread_id = %(thread)s
+ORDER BY checkpoint_ns, checkpoint_id DESC
+"""
+
+SELECT_CHAIN: LiteralString = _CHAIN + "SELECT checkpoint_id FROM chain"
+
+# Writes go by the checkpoints deleted: those of a checkpoint still to come stay.
+PRUNE_WRITES: LiteralString = """
+DELETE FROM checkpoint_writes w
+WHERE w.thread_id = %(thread)s AND w.checkpoint_ns = %(namespace)s
+AND w.checkpoint_id <> ALL(%(kept)s)
+AND EXISTS (
+    SELECT FROM checkpoints c WHERE c.thread_id = w.thread_id
+    AND c.checkpoint_ns = w.checkpoint_ns AND c.checkpoint_id = w.checkpoint_id
+)
+"""
+
+PRUNE_CHECKPOINTS: LiteralString = """
+DELETE FROM checkpoints
+WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s AND checkpoint_id <> ALL(%(kept)s)
+"""
+
+# A parent that is gone is no parent, as in PostgresSaver.
+PRUNE_PARENTS: LiteralString = """
+UPDATE checkpoints c SET parent_checkpoint_id = NULL
+WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
+AND c.parent_checkpoint_id IS NOT NULL
+AND NOT EXISTS (
+    SELECT FROM checkpoints p WHERE p.thread_id = c.thread_id
+    AND p.checkpoint_ns = c.checkpoint_ns AND p.checkpoint_id = c.parent_checkpoint_id
+)
+"""
+
+PRUNE_BLOBS: LiteralString = """
+DELETE FROM checkpoint_blobs b
+WHERE b.thread_id = %(thread)s AND b.checkpoint_ns = %(namespace)s
+AND (b.channel, b.version) NOT IN (
+    SELECT v.key, v.value FROM checkpoints c
+    CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
+    WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
+)
+"""
+
+RAISE_FLOOR: LiteralString = """
+INSERT INTO vat_floors (thread_id, checkpoint_ns, floor)
+VALUES (%(thread)s, %(namespace)s, %(floor)s)
+ON CONFLICT (thread_id, checkpoint_ns) DO UPDATE SET floor = excluded.floor
+"""
+
+BUMP_HISTORY: LiteralString = (
+    "UPDATE vat_threads SET history = history + 1 WHERE thread_id = %(thread)s"
+)
+
+# No index serves this one: deleting runs reads every checkpoint's metadata.
+THREADS_OF_RUNS: LiteralString = """
+SELECT DISTINCT thread_id FROM checkpoints
+WHERE metadata ->> 'run_id' = ANY(%(runs)s)
+AND starts_with(thread_id, %(prefix)s) = %(scoped)s
+ORDER BY thread_id
+"""
+
+NOTE_DELETED_RUNS: LiteralString = """
+INSERT INTO vat_deleted_runs (run_id) SELECT unnest(%(runs)s::text[]) ON CONFLICT DO NOTHING
+"""
+
+DELETE_RUNS: tuple[LiteralString, ...] = (
+    """
+DELETE FROM checkpoint_writes w USING checkpoints c
+WHERE w.thread_id = %(thread)s AND c.thread_id = w.thread_id
+AND c.checkpoint_ns = w.checkpoint_ns AND c.checkpoint_id = w.checkpoint_id
+AND c.metadata ->> 'run_id' = ANY(%(runs)s)
+""",
+    """
+DELETE FROM checkpoints
+WHERE thread_id = %(thread)s AND metadata ->> 'run_id' = ANY(%(runs)s)
+""",
+    """
+DELETE FROM checkpoint_blobs b
+WHERE b.thread_id = %(thread)s AND NOT EXISTS (
+    SELECT FROM checkpoints c
+    WHERE c.thread_id = b.thread_id AND c.checkpoint_ns = b.checkpoint_ns
+    AND c.checkpoint -> 'channel_versions' ->> b.channel = b.version
+)
+""",
+)
+
+COPY_ROWS: tuple[LiteralString, ...] = (
+    """
+INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id, type,
+                         checkpoint, metadata, vat_type, vat_exact)
+SELECT %(target)s, checkpoint_ns, checkpoint_id, parent_checkpoint_id, type,
+       checkpoint, metadata, vat_type, vat_exact
+FROM checkpoints WHERE thread_id = %(thread)s
+""",
+    """
+INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
+SELECT %(target)s, checkpoint_ns, channel, version, type, blob
+FROM checkpoint_blobs WHERE thread_id = %(thread)s
+""",
+    """
+INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
+                               task_path, channel, type, blob)
+SELECT %(target)s, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob
+FROM checkpoint_writes WHERE thread_id = %(thread)s
+""",
+    """
+INSERT INTO vat_floors (thread_id, checkpoint_ns, floor)
+SELECT %(target)s, checkpoint_ns, floor FROM vat_floors WHERE thread_id = %(thread)s
+""",
+)
+
+# Sealed values are bound to their thread, so a copy opens and seals each anew.
+SEALED_BLOBS: LiteralString = """
+SELECT checkpoint_ns, channel, version, type, blob FROM checkpoint_blobs
+WHERE thread_id = %(thread)s AND blob IS NOT NULL
+"""
+RESEAL_BLOBS: LiteralString = """
+UPDATE checkpoint_blobs b SET blob = n.blob
+FROM unnest(%(namespaces)s::text[], %(channels)s::text[], %(versions)s::text[], %(blobs)s::bytea[])
+    AS n (checkpoint_ns, channel, version, blob)
+WHERE b.thread_id = %(thread)s AND b.checkpoint_ns = n.checkpoint_ns
+AND b.channel = n.channel AND b.version = n.version
+"""
+SEALED_WRITES: LiteralString = """
+SELECT checkpoint_ns, checkpoint_id, task_id, idx, channel, type, blob FROM checkpoint_writes
+WHERE thread_id = %(thread)s
+"""
+RESEAL_WRITES: LiteralString = """
+UPDATE checkpoint_writes w SET blob = n.blob
+FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(tasks)s::text[], %(idxs)s::int[],
+            %(blobs)s::bytea[]) AS n (checkpoint_ns, checkpoint_id, task_id, idx, blob)
+WHERE w.thread_id = %(thread)s AND w.checkpoint_ns = n.checkpoint_ns
+AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.idx
+"""
+SEALED_EXACTS: LiteralString = """
+SELECT checkpoint_ns, checkpoint_id, vat_type, vat_exact FROM checkpoints
+WHERE thread_id = %(thread)s AND vat_exact IS NOT NULL
+"""
+RESEAL_EXACTS: LiteralString = """
+UPDATE checkpoints c SET vat_exact = n.exact
+FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(blobs)s::bytea[])
+    AS n (checkpoint_ns, checkpoint_id, exact)
+WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
+AND c.checkpoint_id = n.checkpoint_id
+"""
+
+# --- the tiers as a whole ------------------------------------------------
+
+SELECT_STATE: LiteralString = """
+SELECT epoch, hot_tier::text, greatest(0, extract(epoch FROM degraded_until - now()))::float8
+FROM vat_state
+"""
+
+CLAIM_HOT_TIER: LiteralString = """
+UPDATE vat_state SET hot_tier = %(hot_tier)s WHERE hot_tier IS NULL RETURNING hot_tier
+"""
+
+RAISE_EPOCH: LiteralString = """
+UPDATE vat_state SET epoch = epoch + 1,
+    degraded_until = greatest(degraded_until, now() + %(seconds)s * interval '1 second')
+RETURNING epoch
+"""

@@ -1,0 +1,118 @@
+"""
+The checkpoint tables, one migration after another.
+
+LangGraph's tables come first, as langgraph-checkpoint-postgres 3.x defines
+them, so its databases open in place and it can open ours. What we add is
+additional columns that may be null, and tables whose names begin with
+``vat_``. Every statement may run again.
+
+A fresh table compares checkpoint ids by byte, the order of LangGraph's
+InMemorySaver; with LangGraph's own ids any collation gives the same order.
+"""
+
+from typing import LiteralString
+
+LOCK: LiteralString = "SELECT pg_advisory_xact_lock(hashtext('langgraph_vat'), 0)"
+LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
+
+# Versions of langgraph-checkpoint-postgres that the statements below include.
+LANGGRAPH_VERSION = 9
+VERSION = 1
+
+HAS_SCHEMA: LiteralString = "SELECT to_regclass('vat_schema') IS NOT NULL"
+SELECT_VERSION: LiteralString = "SELECT coalesce(max(version), 0) FROM vat_schema"
+# Who makes a schema change wait: for the message of a setup that gave up.
+BLOCKERS: LiteralString = """
+SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), 'unnamed'), a.state
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.relation IN (to_regclass('checkpoints'), to_regclass('checkpoint_blobs'),
+                     to_regclass('checkpoint_writes'))
+AND a.pid <> pg_backend_pid()
+"""
+
+MIGRATION_1: tuple[LiteralString, ...] = (
+    "CREATE TABLE IF NOT EXISTS checkpoint_migrations (v INTEGER PRIMARY KEY)",
+    """
+CREATE TABLE IF NOT EXISTS checkpoints (
+    thread_id TEXT NOT NULL,
+    checkpoint_ns TEXT NOT NULL DEFAULT '',
+    checkpoint_id TEXT COLLATE "C" NOT NULL,
+    parent_checkpoint_id TEXT COLLATE "C",
+    type TEXT,
+    checkpoint JSONB NOT NULL,
+    metadata JSONB NOT NULL DEFAULT '{}',
+    PRIMARY KEY (thread_id, checkpoint_ns, checkpoint_id)
+)""",
+    """
+CREATE TABLE IF NOT EXISTS checkpoint_blobs (
+    thread_id TEXT NOT NULL,
+    checkpoint_ns TEXT NOT NULL DEFAULT '',
+    channel TEXT NOT NULL,
+    version TEXT NOT NULL,
+    type TEXT NOT NULL,
+    blob BYTEA,
+    PRIMARY KEY (thread_id, checkpoint_ns, channel, version)
+)""",
+    """
+CREATE TABLE IF NOT EXISTS checkpoint_writes (
+    thread_id TEXT NOT NULL,
+    checkpoint_ns TEXT NOT NULL DEFAULT '',
+    checkpoint_id TEXT COLLATE "C" NOT NULL,
+    task_id TEXT NOT NULL,
+    idx INTEGER NOT NULL,
+    channel TEXT NOT NULL,
+    type TEXT,
+    blob BYTEA NOT NULL,
+    task_path TEXT NOT NULL DEFAULT '',
+    PRIMARY KEY (thread_id, checkpoint_ns, checkpoint_id, task_id, idx)
+)""",
+    # A database of langgraph-checkpoint-postgres 2.x may lack these.
+    "ALTER TABLE checkpoint_blobs ALTER COLUMN blob DROP NOT NULL",
+    "ALTER TABLE checkpoint_writes ADD COLUMN IF NOT EXISTS task_path TEXT NOT NULL DEFAULT ''",
+    """
+INSERT INTO checkpoint_migrations (v) SELECT generate_series(0, 9) ON CONFLICT DO NOTHING""",
+    # What JSON cannot hold exactly, or may not be read in the clear.
+    """
+ALTER TABLE checkpoints
+    ADD COLUMN IF NOT EXISTS vat_type TEXT,
+    ADD COLUMN IF NOT EXISTS vat_exact BYTEA""",
+    """
+CREATE TABLE IF NOT EXISTS vat_threads (
+    thread_id TEXT PRIMARY KEY,
+    generation UUID NOT NULL,
+    history BIGINT NOT NULL DEFAULT 0,
+    data_key BYTEA,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    updated_at TIMESTAMPTZ NOT NULL DEFAULT now()
+)""",
+    # Below its floor, an entry from before the prune stays away.
+    """
+CREATE TABLE IF NOT EXISTS vat_floors (
+    thread_id TEXT NOT NULL,
+    checkpoint_ns TEXT NOT NULL,
+    floor TEXT COLLATE "C" NOT NULL,
+    PRIMARY KEY (thread_id, checkpoint_ns)
+)""",
+    """
+CREATE TABLE IF NOT EXISTS vat_deleted_runs (
+    run_id TEXT PRIMARY KEY,
+    deleted_at TIMESTAMPTZ NOT NULL DEFAULT now()
+)""",
+    # One row: what every process must agree on before it serves a head.
+    """
+CREATE TABLE IF NOT EXISTS vat_state (
+    singleton BOOLEAN PRIMARY KEY DEFAULT true CHECK (singleton),
+    epoch BIGINT NOT NULL DEFAULT 0,
+    hot_tier UUID,
+    degraded_until TIMESTAMPTZ NOT NULL DEFAULT 'epoch'
+)""",
+    "INSERT INTO vat_state DEFAULT VALUES ON CONFLICT DO NOTHING",
+    """
+CREATE TABLE IF NOT EXISTS vat_schema (
+    version INTEGER PRIMARY KEY,
+    applied_at TIMESTAMPTZ NOT NULL DEFAULT now()
+)""",
+    "INSERT INTO vat_schema (version) VALUES (1) ON CONFLICT DO NOTHING",
+)
+
+MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (MIGRATION_1,)

@@ -1,0 +1,52 @@
+"""
+What this process acknowledged and Postgres has not confirmed: its own copies.
+
+If Redis loses its memory they are the only ones. A copy is dropped on the
+evidence of Postgres alone: our own commit of that very entry, or a fence that
+says the entry is no longer wanted.
+"""
+
+import threading
+import time
+from collections.abc import Iterable
+
+from langgraph_vat._records import Entry
+
+
+class Copies:
+    """Entries by thread, in the order in which they were acknowledged."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: dict[str, dict[bytes, tuple[float, Entry]]] = {}
+
+    def add(self, thread_id: str, entry: Entry) -> None:
+        """Keep `entry` until it is dropped."""
+        with self._lock:
+            self._threads.setdefault(thread_id, {})[entry.uid] = (time.monotonic(), entry)
+
+    def of(self, thread_id: str) -> list[Entry]:
+        """Return the copies of one thread."""
+        with self._lock:
+            return [entry for _, entry in self._threads.get(thread_id, {}).values()]
+
+    def drop(self, thread_id: str, uids: Iterable[bytes]) -> None:
+        """Forget entries that Postgres has, or that must not reach it."""
+        with self._lock:
+            kept = self._threads.get(thread_id)
+            if kept is None:
+                return
+            for uid in uids:
+                kept.pop(uid, None)
+            if not kept:
+                del self._threads[thread_id]
+
+    def older_than(self, seconds: float) -> list[str]:
+        """Return the threads whose oldest copy has at least this age, in seconds."""
+        latest = time.monotonic() - seconds
+        with self._lock:
+            return [
+                thread_id
+                for thread_id, kept in self._threads.items()
+                if next(iter(kept.values()))[0] <= latest
+            ]

@@ -1,0 +1,170 @@
+"""
+How a journal entry and a head look in Redis.
+
+Both are field/value pairs. An entry of the journal carries the pairs of the
+head that it changes, so a script receives each value once and writes it
+twice. Fields:
+
+====================  =====================================================
+``k``                 ``put`` or ``writes``
+``u``                 entry's own random id
+``f`` ``s`` ``i``     fence, namespace, checkpoint id
+``p`` ``r``           parent checkpoint id, run id
+``c``                 packed `Core`
+``q`` ``d``           packed `kept` and `needs`
+``n:CHANNEL``         version of a channel
+``b:CHANNEL``         its value: type, NUL, bytes; nothing where it is empty
+``w:LEN:ID:…``        a write with idx >= 0 (the first stays)
+``x:LEN:ID:…``        a write with idx < 0 (the last stays)
+``l``                 the head holds values that Postgres has no blobs for
+====================  =====================================================
+"""
+
+from collections.abc import Iterable, Sequence
+
+import ormsgpack
+
+from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot, Write, WritesEntry
+
+Pairs = list[bytes]
+
+
+def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
+    """Return the pairs that only the journal holds, and those it shares with the head."""
+    journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
+    journal += [b"q", ormsgpack.packb(sorted(entry.kept)), b"d", ormsgpack.packb(entry.needs)]
+    return journal, list(_blob_pairs(entry.blobs))
+
+
+def writes_pairs(entry: WritesEntry) -> tuple[Pairs, Pairs]:
+    """Return the pairs that only the journal holds, and those it shares with the head."""
+    journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
+    return journal, list(_write_pairs(entry.checkpoint_id, entry.writes))
+
+
+def needs_pairs(entry: PutEntry) -> Pairs:
+    """Return the head fields that a delta relies on."""
+    return [part for channel, version in entry.needs for part in (_version(channel), version.encode())]
+
+
+def head_pairs(snapshot: Snapshot, fence: Fence, core: Core) -> Pairs:
+    """Return all pairs of the head that shows `snapshot`."""
+    pairs = [b"f", fence.text.encode(), b"i", snapshot.checkpoint_id.encode()]
+    pairs += [b"p", snapshot.parent_id.encode(), b"c", pack_core(core)]
+    pairs += _blob_pairs(snapshot.blobs)
+    pairs += _write_pairs(snapshot.checkpoint_id, snapshot.writes)
+    if snapshot.inline:
+        pairs += [b"l", b"1"]
+    return pairs
+
+
+def empty_head_pairs(fence: Fence) -> Pairs:
+    """Return the head of a namespace that is known to hold no checkpoint."""
+    return [b"f", fence.text.encode(), b"i", b""]
+
+
+def pack_core(core: Core) -> bytes:
+    """Pack a core into one value."""
+    return ormsgpack.packb(core)
+
+
+def unpack_core(packed: bytes) -> Core:
+    """Unpack what `pack_core` packed."""
+    return Core(*ormsgpack.unpackb(packed))
+
+
+def parse_entry(fields: Sequence[bytes]) -> Entry:
+    """Return the entry that a journal's field list holds."""
+    found = _mapping(fields)
+    where = {
+        "uid": found[b"u"],
+        "fence": Fence.parse(found[b"f"].decode()),
+        "checkpoint_ns": found[b"s"].decode(),
+        "checkpoint_id": found[b"i"].decode(),
+        "run_id": found[b"r"].decode(),
+    }
+    if found[b"k"] == b"writes":
+        return WritesEntry(**where, writes=_parse_writes(found))
+    return PutEntry(
+        **where,
+        parent_id=found[b"p"].decode(),
+        core=unpack_core(found[b"c"]),
+        blobs=_parse_blobs(found),
+        kept=frozenset(ormsgpack.unpackb(found[b"q"])),
+        needs=tuple((channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])),
+    )
+
+
+class Head:
+    """A head as Redis returned it."""
+
+    def __init__(self, fields: Sequence[bytes]) -> None:
+        self._fields = _mapping(fields)
+        self.checkpoint_id = self._fields[b"i"].decode()
+
+    @property
+    def parent_id(self) -> str:
+        """Id of the parent checkpoint, or an empty string."""
+        return self._fields[b"p"].decode()
+
+    @property
+    def core(self) -> Core:
+        """The checkpoint without its values."""
+        return unpack_core(self._fields[b"c"])
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        """The values of all channels, empty ones included."""
+        return _parse_blobs(self._fields)
+
+    @property
+    def writes(self) -> tuple[Write, ...]:
+        """The pending writes of this checkpoint; early writes of a later one are left out."""
+        mine = _write_prefix(self.checkpoint_id)
+        return _parse_writes({k: v for k, v in self._fields.items() if k[1:].startswith(mine)})
+
+
+def _mapping(fields: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def _version(channel: str) -> bytes:
+    return b"n:" + channel.encode()
+
+
+def _blob_pairs(blobs: Iterable[Blob]) -> Iterable[bytes]:
+    for blob in blobs:
+        channel = blob.channel.encode()
+        value = b"" if blob.data is None else blob.type.encode() + b"\0" + blob.data
+        yield from (b"n:" + channel, blob.version.encode(), b"b:" + channel, value)
+
+
+def _parse_blobs(found: dict[bytes, bytes]) -> tuple[Blob, ...]:
+    blobs = []
+    for field, version in found.items():
+        if field.startswith(b"n:"):
+            type_, separator, data = found[b"b:" + field[2:]].partition(b"\0")
+            value = data if separator else None
+            blobs.append(Blob(field[2:].decode(), version.decode(), type_.decode(), value))
+    return tuple(blobs)
+
+
+def _write_prefix(checkpoint_id: str) -> bytes:
+    raw = checkpoint_id.encode()
+    return b":%d:%s:" % (len(raw), raw)
+
+
+def _write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
+    prefix = _write_prefix(checkpoint_id)
+    for write in writes:
+        kind = b"w" if write.idx >= 0 else b"x"
+        yield kind + prefix + b"%d:" % write.idx + write.task_id.encode()
+        yield ormsgpack.packb(write)
+
+
+def _parse_writes(found: dict[bytes, bytes]) -> tuple[Write, ...]:
+    return tuple(
+        Write(*ormsgpack.unpackb(value))
+        for field, value in found.items()
+        if field[:2] in (b"w:", b"x:")
+    )

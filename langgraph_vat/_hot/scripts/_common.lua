@@ -1,0 +1,42 @@
+-- Shared by every script that looks at a thread's meta hash:
+--   f  fence: generation and history number of the thread, or "closing:<fence>"
+--   e  epoch under which its heads were written
+--   n  super-steps in the journal
+--   t  fill ticket: there while nothing has changed since it was drawn
+
+-- Byte order, which is the order of Python and of Postgres's "C" collation.
+-- Lua's own < follows the server's locale.
+local function less(a, b)
+  for at = 1, math.min(#a, #b) do
+    local x, y = a:byte(at), b:byte(at)
+    if x ~= y then return x < y end
+  end
+  return #a < #b
+end
+
+local function starts(text, prefix)
+  return text:sub(1, #prefix) == prefix
+end
+
+-- Why a thread cannot be used under this fence and epoch; nil when it can.
+local function obstacle(meta, fence, epoch)
+  local state = redis.call('HMGET', meta, 'f', 'e')
+  local current = state[1]
+  if not current then return {'open'} end
+  if starts(current, 'closing:') then return {'closing', current} end
+  if state[2] ~= epoch then return {'open'} end
+  if fence and current ~= fence then return {'stale', current} end
+  return nil
+end
+
+-- Appends one entry and marks the thread dirty; returns the entry's id.
+-- The append comes first: where it fails, nothing has been written.
+local function append(meta, journal, dirty, thread, ttl, fields)
+  local id = redis.call('XADD', journal, '*', unpack(fields))
+  redis.call('PERSIST', journal)
+  local now = redis.call('TIME')
+  redis.call('ZADD', dirty, 'NX', now[1] * 1000 + math.floor(now[2] / 1000), thread)
+  redis.call('HDEL', meta, 't')
+  redis.call('EXPIRE', meta, ttl)
+  return id
+end

@@ -1,0 +1,9 @@
+-- Close a thread for a change of its history in Postgres: no head is served or
+-- filled and no step taken until it is opened again. A closed thread has no
+-- TTL, so it cannot be evicted and forgotten.
+-- KEYS  meta
+-- ARGV  fence
+redis.call('HSET', KEYS[1], 'f', 'closing:' .. ARGV[1])
+redis.call('HDEL', KEYS[1], 't')
+redis.call('PERSIST', KEYS[1])
+return {'ok'}

@@ -1,0 +1,3 @@
+-- Read a thread's journal in order.
+-- KEYS  journal
+return redis.call('XRANGE', KEYS[1], '-', '+')

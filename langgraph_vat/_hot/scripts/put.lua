@@ -1,0 +1,51 @@
+-- Store a checkpoint: journal and head change together.
+-- KEYS  meta, head, journal, dirty
+-- ARGV  thread, fence, epoch, mode, ttl, id, parent, core,
+--       2 x needs, 2 x journal-only fields, then those fields and the shared ones
+-- mode  delta: only the changed channels; whole: all of them; headless: journal only
+local meta, head, journal, dirty = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local thread, fence, epoch, mode, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local id, parent, core = ARGV[6], ARGV[7], ARGV[8]
+local needs = 11
+local own = needs + tonumber(ARGV[9])
+local shared = own + tonumber(ARGV[10])
+
+local stop = obstacle(meta, fence, epoch)
+if stop then return stop end
+
+local newest
+if mode ~= 'headless' then
+  local state = redis.call('HMGET', head, 'f', 'i', 'l')
+  local current = state[2]
+  if state[1] ~= fence then return {'open'} end
+  newest = not less(id, current)
+  if mode == 'delta' and newest then
+    if current ~= parent or state[3] then return {'whole'} end
+    for at = needs, own - 1, 2 do
+      if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then return {'whole'} end
+    end
+  end
+end
+
+local fields = {'k', 'put', 'f', fence, 'i', id, 'p', parent, 'c', core}
+for at = own, #ARGV do fields[#fields + 1] = ARGV[at] end
+local entry = append(meta, journal, dirty, thread, ttl, fields)
+
+if mode == 'headless' then
+  redis.call('DEL', head)
+elseif newest then
+  -- Writes of this checkpoint that came before it stay; all others are its ancestors'.
+  local mine = #id .. ':' .. id .. ':'
+  for _, field in ipairs(redis.call('HKEYS', head)) do
+    local kind = field:sub(1, 2)
+    local is_write = kind == 'w:' or kind == 'x:'
+    if (is_write and not starts(field:sub(3), mine)) or (mode == 'whole' and not is_write) then
+      redis.call('HDEL', head, field)
+    end
+  end
+  local values = {'f', fence, 'i', id, 'p', parent, 'c', core}
+  for at = shared, #ARGV do values[#values + 1] = ARGV[at] end
+  redis.call('HSET', head, unpack(values))
+  redis.call('EXPIRE', head, ttl)
+end
+return {'ok', entry, redis.call('HINCRBY', meta, 'n', 1)}

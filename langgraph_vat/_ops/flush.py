@@ -1,0 +1,339 @@
+"""
+Move what was acknowledged into Postgres.
+
+1. Lock the threads' rows; then read their journals, never before: so a flush
+   and a change of history are always in order.
+2. Write the journal and this process's own copies, less what an older fence
+   says must stay away. All of it in one transaction.
+3. Only after the commit: trim those very entries, and drop those very copies.
+
+A flush may die anywhere and be done again: every statement gives the same
+rows the second time. An entry whose base is missing is held back together
+with what follows it in its thread; it stays in the journal.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import psycopg
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.rows import columns
+from langgraph_vat._hot import scripts
+from langgraph_vat._hot.entries import parse_entry
+from langgraph_vat._io.protocols import Backend, HotTierError, Session
+from langgraph_vat._ops.shared import Shared
+from langgraph_vat._records import Entry, Fence, PutEntry, WritesEntry
+from langgraph_vat.errors import QuarantinedError
+
+logger = logging.getLogger("langgraph_vat")
+
+# Threads of one transaction: enough to share a commit, few enough to be quick.
+_MOST_THREADS = 64
+
+
+@dataclass(slots=True)
+class _Batch:
+    """One thread's share of a flush."""
+
+    thread_id: str
+    journal: list[tuple[bytes, Entry]]
+    copies: list[Entry]
+    held: set[bytes] = field(default_factory=set)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The journal in its order, then the copies that Redis no longer has."""
+        present = {entry.uid for _, entry in self.journal}
+        return [e for _, e in self.journal] + [e for e in self.copies if e.uid not in present]
+
+    @property
+    def only_copies(self) -> list[Entry]:
+        """What Postgres got past Redis."""
+        present = {entry.uid for _, entry in self.journal}
+        return [e for e in self.copies if e.uid not in present and e.uid not in self.held]
+
+
+async def flush(
+    shared: Shared, backend: Backend, thread_ids: Iterable[str], *, wait: bool = True
+) -> None:
+    """
+    Flush threads; when this returns, what they had acknowledged before is in Postgres.
+
+    Without `wait`, threads that another transaction holds are left to it.
+
+    Raises:
+        UnavailableError: Postgres does not answer; nothing was lost.
+        QuarantinedError: Postgres refuses the data of a thread for good.
+    """
+    todo = sorted(thread_ids)
+    for start in range(0, len(todo), _MOST_THREADS):
+        some = todo[start : start + _MOST_THREADS]
+        try:
+            await _flush_some(shared, backend, some, wait=wait)
+        except (psycopg.DataError, psycopg.ProgrammingError) as error:
+            if len(some) == 1:
+                raise _quarantine(shared, some[0], error) from error
+            for thread_id in some:
+                await _flush_alone(shared, backend, thread_id, wait=wait)
+
+
+async def flush_thread(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Flush one thread."""
+    await flush(shared, backend, [thread_id])
+
+
+async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry) -> bool:
+    """
+    Store one entry in Postgres without Redis, after this process's own copies.
+
+    Returns:
+        False where the thread's fence is no longer the entry's, or a value
+        that it relies on is missing. Then nothing of it was stored.
+    """
+
+    async def body(session: Session) -> bool:
+        fences = await _lock(session, [thread_id], wait=True)
+        if fences.get(thread_id) != entry.fence:
+            return False
+        batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
+        await _write(session, fences, [batch])
+        _drop(shared, batch)
+        return entry.uid not in batch.held
+
+    return await backend.durable.transact(body)
+
+
+async def overdue(shared: Shared, backend: Backend, *, own_s: float, any_s: float) -> list[str]:
+    """Return threads whose journal has this age, in seconds: our own, and anybody's."""
+    threads = set(shared.copies.older_than(own_s))
+    if backend.hot is not None and not shared.is_degraded:
+        args = [int(any_s * 1000), _MOST_THREADS]
+        for bucket in await backend.hot.script_each(scripts.OVERDUE, shared.keys.buckets, args):
+            threads.update(raw.decode() for raw in bucket)
+    return sorted(threads)
+
+
+async def _flush_alone(shared: Shared, backend: Backend, thread_id: str, *, wait: bool) -> None:
+    try:
+        await _flush_some(shared, backend, [thread_id], wait=wait)
+    except (psycopg.DataError, psycopg.ProgrammingError) as error:
+        _quarantine(shared, thread_id, error)
+
+
+def _quarantine(shared: Shared, thread_id: str, error: Exception) -> QuarantinedError:
+    shared.quarantine[thread_id] = error
+    logger.error("Postgres refuses the journal of thread %r: %s", thread_id, type(error).__name__)
+    msg = (
+        f"Postgres refuses steps of thread {thread_id!r} that were acknowledged"
+        f" ({type(error).__name__}). They stay in the journal and other threads go on."
+    )
+    return QuarantinedError(msg)
+
+
+async def _flush_some(
+    shared: Shared, backend: Backend, thread_ids: Sequence[str], *, wait: bool
+) -> None:
+    async def body(session: Session) -> list[_Batch]:
+        fences = await _lock(session, thread_ids, wait=wait)
+        mine = thread_ids if wait else [t for t in thread_ids if t in fences]
+        batches = [await _read(shared, backend, thread_id) for thread_id in mine]
+        if any(batch.entries for batch in batches):
+            await _write(session, fences, batches)
+        return batches
+
+    for batch in await backend.durable.transact(body):
+        shared.counters.flushes += bool(batch.entries)
+        shared.counters.flushed_steps += sum(isinstance(e, PutEntry) for e in batch.entries)
+        await _trim(shared, backend, batch)
+        _drop(shared, batch)
+        shared.quarantine.pop(batch.thread_id, None)
+
+
+async def _lock(
+    session: Session, thread_ids: Sequence[str], *, wait: bool
+) -> dict[str, Fence]:
+    statement = sql.LOCK_THREADS if wait else sql.TRY_LOCK_THREADS
+    rows = await session.fetch(statement, {"threads": list(thread_ids)})
+    return {thread_id: Fence(generation, history) for thread_id, generation, history in rows}
+
+
+async def _read(shared: Shared, backend: Backend, thread_id: str) -> _Batch:
+    copies = shared.copies.of(thread_id)
+    if backend.hot is None or shared.is_degraded:
+        return _Batch(thread_id, [], copies)
+    try:
+        raw = await backend.hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], [])
+    except HotTierError:
+        # Our own copies are safe to write; the rest waits until Redis answers.
+        return _Batch(thread_id, [], copies)
+    return _Batch(thread_id, [(entry_id, parse_entry(fields)) for entry_id, fields in raw], copies)
+
+
+async def _write(session: Session, fences: dict[str, Fence], batches: list[_Batch]) -> None:
+    wanted = {
+        batch.thread_id: [e for e in batch.entries if _same_life(e, fences.get(batch.thread_id))]
+        for batch in batches
+    }
+    checks = await _check(session, wanted)
+    for batch in batches:
+        fence = fences.get(batch.thread_id)
+        kept = [e for e in wanted[batch.thread_id] if not _is_history(e, fence, checks, batch)]
+        wanted[batch.thread_id] = _satisfied(batch, kept, checks.missing)
+    pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
+    if pairs:
+        await _insert(session, pairs)
+        await session.execute(sql.TOUCH_THREADS, {"threads": list(wanted)})
+
+
+@dataclass(slots=True)
+class _Checks:
+    """What Postgres said about a batch under the lock."""
+
+    missing: set[tuple[str, str, str, str]]
+    floors: dict[tuple[str, str], str]
+    runs: set[str]
+
+
+async def _check(session: Session, wanted: dict[str, list[Entry]]) -> _Checks:
+    needs = {
+        (thread_id, entry.checkpoint_ns, channel, version)
+        for thread_id, entries in wanted.items()
+        for entry in entries
+        if isinstance(entry, PutEntry)
+        for channel, version in entry.needs
+    }
+    runs = {entry.run_id for entries in wanted.values() for entry in entries if entry.run_id}
+    names = ("need_threads", "need_namespaces", "need_channels", "need_versions")
+    params = {
+        **columns(sorted(needs), *names),
+        "threads": list(wanted),
+        "runs": sorted(runs),
+    }
+    checks = _Checks(set(), {}, set())
+    for kind, first, second, third, fourth in await session.fetch(sql.CHECK_ENTRIES, params):
+        if kind == "missing":
+            checks.missing.add((first, second, third, fourth))
+        elif kind == "floor":
+            checks.floors[first, second] = third
+        else:
+            checks.runs.add(first)
+    return checks
+
+
+def _same_life(entry: Entry, fence: Fence | None) -> bool:
+    return fence is not None and entry.fence.generation == fence.generation
+
+
+def _is_history(entry: Entry, fence: Fence | None, checks: _Checks, batch: _Batch) -> bool:
+    """Whether an entry from before a prune or a deletion of runs must stay away."""
+    if entry.run_id in checks.runs:
+        return True
+    floor = checks.floors.get((batch.thread_id, entry.checkpoint_ns))
+    is_older = fence is not None and entry.fence.history < fence.history
+    return is_older and floor is not None and entry.checkpoint_id < floor
+
+
+def _satisfied(
+    batch: _Batch, entries: list[Entry], missing: set[tuple[str, str, str, str]]
+) -> list[Entry]:
+    """Return the entries up to the first whose base nobody has; hold the rest back."""
+    brought: set[tuple[str, str, str]] = set()
+    for position, entry in enumerate(entries):
+        if isinstance(entry, WritesEntry):
+            continue
+        ns = entry.checkpoint_ns
+        brought |= {(ns, blob.channel, blob.version) for blob in entry.blobs}
+        lacks = [
+            channel
+            for channel, version in entry.needs
+            if (batch.thread_id, ns, channel, version) in missing
+            and (ns, channel, version) not in brought
+        ]
+        if lacks:
+            logger.error(
+                "checkpoint %s of thread %r waits for %d values that are in neither tier",
+                entry.checkpoint_id, batch.thread_id, len(lacks),
+            )
+            batch.held.update(e.uid for e in entries[position:])
+            return entries[:position]
+    return entries
+
+
+async def _insert(session: Session, pairs: list[tuple[str, Entry]]) -> None:
+    puts = [(t, e) for t, e in pairs if isinstance(e, PutEntry)]
+    await _insert_blobs(session, puts)
+    checkpoints = {
+        (t, e.checkpoint_ns, e.checkpoint_id): (e.parent_id, *_core_columns(e)) for t, e in puts
+    }
+    names = ("threads", "namespaces", "ids", "parents", "checkpoints", "metadata", "types", "exacts")
+    if checkpoints:
+        rows = [(*key, *value) for key, value in checkpoints.items()]
+        await session.execute(sql.INSERT_CHECKPOINTS, columns(rows, *names))
+    await _insert_writes(session, pairs)
+
+
+def _core_columns(entry: PutEntry) -> tuple[str, str, str, bytes | None]:
+    core = entry.core
+    exact = core.exact if core.exact_type else None
+    return core.checkpoint.decode(), core.metadata.decode(), core.exact_type, exact
+
+
+async def _insert_blobs(session: Session, puts: list[tuple[str, PutEntry]]) -> None:
+    new, kept = {}, {}
+    for thread_id, entry in puts:
+        for blob in entry.blobs:
+            if blob.data is None:
+                continue
+            into = kept if blob.channel in entry.kept else new
+            key = (thread_id, entry.checkpoint_ns, blob.channel, blob.version)
+            into[key] = (blob.type, blob.data)
+    names = ("threads", "namespaces", "channels", "versions", "types", "blobs")
+    for statement, some in ((sql.INSERT_BLOBS, new), (sql.INSERT_MISSING_BLOBS, kept)):
+        if some:
+            rows = [(*key, *value) for key, value in some.items()]
+            await session.execute(statement, columns(rows, *names))
+
+
+async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> None:
+    first, last = {}, {}
+    for thread_id, entry in pairs:
+        for write in entry.writes if isinstance(entry, WritesEntry) else ():
+            key = (thread_id, entry.checkpoint_ns, entry.checkpoint_id, write.task_id, write.idx)
+            value = (write.task_path, write.channel, write.type, write.data)
+            if write.idx < 0:
+                last[key] = value
+            else:
+                first.setdefault(key, value)
+    names = (
+        "threads", "namespaces", "ids", "tasks", "idxs", "paths", "channels", "types", "blobs",
+    )
+    for statement, some in ((sql.INSERT_FIRST_WRITES, first), (sql.INSERT_LAST_WRITES, last)):
+        if some:
+            rows = [(*key, *value) for key, value in some.items()]
+            await session.execute(statement, columns(rows, *names))
+
+
+async def _trim(shared: Shared, backend: Backend, batch: _Batch) -> None:
+    """Take out of Redis what Postgres has now. If that fails the next flush does it."""
+    if backend.hot is None or shared.is_degraded:
+        return
+    keys, thread_id = shared.keys, batch.thread_id
+    done = [(entry_id, e) for entry_id, e in batch.journal if e.uid not in batch.held]
+    meta, journal = keys.meta(thread_id), keys.journal(thread_id)
+    try:
+        if done:
+            steps = sum(isinstance(entry, PutEntry) for _, entry in done)
+            args = [thread_id, steps, shared.settings.head_ttl_s, *(entry_id for entry_id, _ in done)]
+            await backend.hot.script(scripts.TRIM, [meta, journal, keys.dirty(thread_id)], args)
+        if past := {entry.checkpoint_ns for entry in batch.only_copies}:
+            heads = [keys.head(thread_id, ns) for ns in sorted(past)]
+            await backend.hot.script(scripts.VOID, [meta, *heads], [])
+    except HotTierError:
+        logger.warning("Redis did not take the trim of thread %r; the next flush will", thread_id)
+
+
+def _drop(shared: Shared, batch: _Batch) -> None:
+    uids = (e.uid for e in batch.copies if e.uid not in batch.held)
+    shared.copies.drop(batch.thread_id, uids)

@@ -1,0 +1,131 @@
+"""
+What all operations of one saver share in a process, whatever their colour.
+
+Everything here is memory, guarded by locks that are never held across an
+await, and everything can be lost: it is read again from Postgres.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_vat._hot.copies import Copies
+from langgraph_vat._hot.keys import Keys
+from langgraph_vat._records import Fence
+from langgraph_vat._seal.codec import Codec
+from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.serde import codec_for
+from langgraph_vat.settings import Settings
+
+# Threads whose fence and data key a process remembers.
+_MOST_KNOWN = 10_000
+
+
+class Known(NamedTuple):
+    """A thread's fence as this process last saw it, and its data key if it is sealed."""
+
+    fence: Fence
+    data_key: DataKey | None
+
+    def codec(self, serde: SerializerProtocol, thread_id: str) -> Codec:
+        """Return the codec of the thread's values."""
+        return codec_for(serde, self.data_key, "checkpoint", thread_id, self.fence.generation)
+
+
+class KnownThreads:
+    """
+    The fences this process last used; None for a thread it saw deleted or absent.
+
+    This memory is how a late write to a deleted thread is recognised: whoever
+    writes under a fence that is no longer the thread's is refused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Known | None] = OrderedDict()
+
+    def get(self, thread_id: str) -> Known | None:
+        """Return what is known of a thread."""
+        with self._lock:
+            return self._known.get(thread_id)
+
+    def is_gone(self, thread_id: str) -> bool:
+        """Whether this process deleted the thread and has not met it since."""
+        with self._lock:
+            return thread_id in self._known and self._known[thread_id] is None
+
+    def set(self, thread_id: str, known: Known | None) -> None:
+        """Remember; None for a thread that was deleted."""
+        with self._lock:
+            self._known[thread_id] = known
+            self._known.move_to_end(thread_id)
+            while len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+
+    def forget(self, thread_id: str) -> None:
+        """Remember nothing."""
+        with self._lock:
+            self._known.pop(thread_id, None)
+
+
+@dataclass(slots=True)
+class Counters:
+    """How the tiers were used so far. Approximate under threads: for people, not for decisions."""
+
+    hits: int = 0
+    """Reads that one look at Redis answered."""
+    misses: int = 0
+    """Reads that Postgres answered although Redis could have."""
+    flushes: int = 0
+    """Flush transactions committed."""
+    flushed_steps: int = 0
+    """Super-steps that they moved to Postgres."""
+    degraded: int = 0
+    """Times that Redis failed and steps went to Postgres directly."""
+
+
+@dataclass(slots=True)
+class State:
+    """The row on which all processes agree, as last read."""
+
+    epoch: int = 0
+    is_hot: bool = False
+    read_at: float = float("-inf")
+    degraded_until: float = float("-inf")
+
+
+@dataclass(slots=True)
+class Shared:
+    """The memory of one saver and its clones."""
+
+    settings: Settings
+    keyring: Keyring | None
+    keys: Keys
+    copies: Copies = field(default_factory=Copies)
+    threads: KnownThreads = field(default_factory=KnownThreads)
+    counters: Counters = field(default_factory=Counters)
+    state: State = field(default_factory=State)
+    quarantine: dict[str, Exception] = field(default_factory=dict)
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether some process is, or was just now, cut off from Redis."""
+        return now() < self.state.degraded_until
+
+    @property
+    def epoch(self) -> bytes:
+        """The epoch in the form that scripts compare."""
+        return b"%d" % self.state.epoch
+
+
+def now() -> float:
+    """Seconds on a clock that goes on while the machine sleeps: a lease must."""
+    return time.clock_gettime(_CLOCK)
+
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)

@@ -1,0 +1,182 @@
+"""
+A thread's fence: read it, open the thread in Redis under it, give it a new one.
+
+1. A thread's first put in a generation commits its fence, and with it its
+   data key, to Postgres before anything is acknowledged.
+2. Redis learns a fence, and a head, only by a fill: draw a ticket, read
+   Postgres, set both unless the ticket is void. Every script that changes the
+   thread voids it, so a slow fill never overwrites something newer.
+3. What changes history (delete, prune, delete runs) closes the thread in
+   Redis, does its work under the row lock with a new fence, and opens it
+   again. Whoever finds a thread closed for too long abandons the change: it
+   raises the fence, so that the change cannot be half in force, and reopens.
+"""
+
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.rows import to_snapshot
+from langgraph_vat._hot import scripts
+from langgraph_vat._hot.entries import empty_head_pairs, head_pairs
+from langgraph_vat._io.protocols import Backend, Hot, Session
+from langgraph_vat._ops.flush import flush
+from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.values import encode_blob
+from langgraph_vat._records import Blob, Core, Fence, Snapshot
+from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.errors import SealError, UnavailableError
+
+T = TypeVar("T")
+
+# A live process changes a thread's history within this time, in seconds.
+_CLOSED_PAUSE_S = 0.05
+_CLOSED_ROUNDS = 20
+# Fills that lose against writers before the caller does without the head.
+_FILL_ROUNDS = 4
+
+
+async def find(shared: Shared, backend: Backend, thread_id: str, *, create: bool) -> Known | None:
+    """
+    Return the fence and data key that Postgres has for a thread, and remember them.
+
+    With `create`, a thread that has none gets one, committed before this
+    returns. Without it, only a thread with rows from another saver does.
+    """
+    params = {"thread": thread_id}
+    found = await backend.durable.fetch(sql.FIND_THREAD, params)
+    if not found:
+        if not create and not (await backend.durable.fetch(sql.HAS_ROWS, params))[0][0]:
+            shared.threads.forget(thread_id)
+            return None
+        await _add(shared, backend, thread_id)
+        found = await backend.durable.fetch(sql.FIND_THREAD, params)
+        if not found:
+            return None  # deleted again, this very moment
+    generation, history, wrapped = found[0]
+    known = Known(Fence(generation, history), _unwrap(shared, thread_id, generation, wrapped))
+    shared.threads.set(thread_id, known)
+    return known
+
+
+async def _add(shared: Shared, backend: Backend, thread_id: str) -> None:
+    generation = str(uuid.uuid4())
+    wrapped = None
+    if shared.keyring is not None:
+        bound = _bound(thread_id, generation)
+        wrapped = DataKey.generate().wrap(shared.keyring, associated_data=bound)
+    params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
+
+    async def body(session: Session) -> None:
+        await session.execute(sql.ADD_THREAD, params)
+
+    await backend.durable.transact(body)
+
+
+def _bound(thread_id: str, generation: str) -> bytes:
+    return associated_data("data key", "checkpoint", thread_id, generation)
+
+
+def _unwrap(
+    shared: Shared, thread_id: str, generation: str, wrapped: bytes | None
+) -> DataKey | None:
+    if wrapped is None:
+        return _refuse_unsealed(thread_id) if shared.keyring is not None else None
+    if shared.keyring is None:
+        msg = f"thread {thread_id!r} is sealed and this saver has no keyring; pass keyring="
+        raise SealError(msg)
+    bound = _bound(thread_id, generation)
+    return DataKey.unwrap(wrapped, shared.keyring, associated_data=bound)
+
+
+def _refuse_unsealed(thread_id: str) -> None:
+    msg = (
+        f"thread {thread_id!r} was written without encryption and this saver has a keyring, so it"
+        " is refused, not trusted. Copy it with an unsealed saver, or delete it."
+    )
+    raise SealError(msg)
+
+
+async def fill(
+    shared: Shared,
+    backend: Backend,
+    hot: Hot,
+    serde: SerializerProtocol,
+    thread_id: str,
+    checkpoint_ns: str,
+    *,
+    create: bool,
+) -> tuple[Known | None, Snapshot | None]:
+    """
+    Read the newest checkpoint of a namespace from Postgres, and keep it hot if nothing is changing.
+
+    Returns:
+        The thread's fence, None where there is no such thread; and its newest
+        checkpoint, None where the namespace has none.
+    """
+    keys = shared.keys
+    meta, journal = keys.meta(thread_id), keys.journal(thread_id)
+    known, snapshot = None, None
+    for _ in range(_FILL_ROUNDS):
+        await flush_thread(shared, backend, thread_id)
+        ticket = await _ticket(shared, backend, hot, thread_id)
+        known = await find(shared, backend, thread_id, create=create)
+        snapshot = await select_latest(backend, thread_id, checkpoint_ns)
+        if known is None or ticket is None:
+            if ticket is None and known is not None:
+                continue
+            return known, snapshot
+        pairs = _pairs(known, serde, thread_id, snapshot)
+        if sum(map(len, pairs)) > shared.settings.max_head_bytes:
+            return known, snapshot
+        args = [ticket, known.fence.text, shared.epoch, shared.settings.head_ttl_s, *pairs]
+        head = keys.head(thread_id, checkpoint_ns)
+        reply = await hot.script(scripts.FILL, [meta, head, journal], args)
+        if reply[0] == b"ok":
+            break
+    return known, snapshot
+
+
+async def _ticket(shared: Shared, backend: Backend, hot: Hot, thread_id: str) -> bytes | None:
+    """Draw a fill ticket; None while the thread is dirty."""
+    pair = [shared.keys.meta(thread_id), shared.keys.journal(thread_id)]
+    args = [secrets.token_hex(8), shared.settings.head_ttl_s]
+    reply = await hot.script(scripts.TICKET, pair, args)
+    if reply[0] == b"closing":
+        await settle(shared, backend, hot, thread_id, reply[1])
+        return None
+    return reply[1] if reply[0] == b"ok" else None
+
+
+async def select_latest(
+    backend: Backend, thread_id: str, checkpoint_ns: str
+) -> Snapshot | None:
+    """Return the newest checkpoint of a namespace that Postgres has."""
+    params = {"thread": thread_id, "namespace": checkpoint_ns}
+    rows = await backend.durable.fetch(sql.SELECT_LATEST, params)
+    return to_snapshot(rows[0]) if rows else None
+
+
+def _pairs(
+    known: Known, serde: SerializerProtocol, thread_id: str, snapshot: Snapshot | None
+) -> list[bytes]:
+    if snapshot is None:
+        return empty_head_pairs(known.fence)
+    return head_pairs(complete(snapshot, known, serde, thread_id), known.fence, core_of(snapshot))
+
+
+def core_of(snapshot: Snapshot) -> Core:
+    """Return the core of a checkpoint that Postgres returned."""
+    import orjson
+
+    return Core(
+        orjson.dumps(snapshot.checkpoint),
+        orjson.dumps(snapshot.metadata),
+        snapshot.exact_type,
+        snapshot.exact,
+    )

@@ -1,0 +1,102 @@
+"""
+Whether Redis may be trusted right now.
+
+One row in Postgres, (epoch, hot tier, degraded until), is what every process
+agrees on. A head counts only under the current epoch, and a process serves
+one only if it has read the row within the last `epoch_ttl_s` seconds. So a
+process that cannot reach Redis raises the epoch, waits that long, and may
+then write past Redis: no head from before is served by anyone, whoever dies
+in between. While `degraded_until` lies ahead every process commits each step
+in Postgres and neither serves nor fills heads.
+"""
+
+import uuid
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._hot import scripts
+from langgraph_vat._io.protocols import Backend, Hot, HotTierError
+from langgraph_vat._ops.shared import Shared, now
+from langgraph_vat.errors import ConfigurationError
+
+# Seconds for which nobody tries a Redis that failed.
+_DEGRADED_S = 5.0
+
+
+async def hot_to_write(shared: Shared, backend: Backend) -> Hot | None:
+    """Return Redis, or None to write past it. The row's last reading will do: a put cannot lie."""
+    if shared.state.read_at == float("-inf"):
+        await refresh(shared, backend)
+    return None if shared.is_degraded else backend.hot
+
+
+async def hot_to_read(shared: Shared, backend: Backend) -> Hot | None:
+    """Return Redis, or None to read past it, after making sure the row was read just now."""
+    if now() - shared.state.read_at >= shared.settings.epoch_ttl_s:
+        await refresh(shared, backend)
+    return None if shared.is_degraded else backend.hot
+
+
+async def refresh(shared: Shared, backend: Backend) -> None:
+    """
+    Read the row, and look whether Redis is still the one it names.
+
+    Raises:
+        ConfigurationError: The database belongs to another Redis, or this
+            Redis to another database.
+        UnavailableError: Postgres does not answer.
+    """
+    read_at = now()
+    epoch, hot_tier, degraded_s = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+    if backend.hot is None and hot_tier is not None:
+        msg = (
+            "this database has a hot tier: other processes keep steps in Redis that are not in"
+            " Postgres yet, so nothing was read or written without it. Pass its redis= URL."
+        )
+        raise ConfigurationError(msg)
+    shared.state.epoch, shared.state.degraded_until = epoch, read_at + degraded_s
+    if backend.hot is not None and degraded_s <= 0:
+        try:
+            await _attach(shared, backend, backend.hot, hot_tier)
+        except HotTierError:
+            await degrade(shared, backend)
+    shared.state.read_at = read_at
+
+
+async def _attach(shared: Shared, backend: Backend, hot: Hot, hot_tier: str | None) -> None:
+    found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
+    if hot_tier is not None and found == hot_tier.encode():
+        return
+    if found is None and hot_tier is not None:
+        # Redis lost its memory: others may hold steps that only they have.
+        wait = shared.settings.flush_after + shared.settings.epoch_ttl_s
+        await _raise_epoch(shared, backend, wait)
+    elif found is None:
+        await backend.durable.fetch(sql.CLAIM_HOT_TIER, {"hot_tier": str(uuid.uuid4())})
+        hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
+    if found is None:
+        found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], [str(hot_tier), 1])
+    if hot_tier is None or found != hot_tier.encode():
+        msg = (
+            "this Redis is the hot tier of another database (under the same key_prefix), so nothing"
+            " was read or written. Use another Redis, or another key_prefix."
+        )
+        raise ConfigurationError(msg)
+
+
+async def degrade(shared: Shared, backend: Backend) -> None:
+    """
+    Go past Redis from here on. When this returns no process serves an earlier head.
+
+    Raises:
+        UnavailableError: Postgres does not answer either: nothing may be acknowledged.
+    """
+    if shared.is_degraded:
+        return
+    shared.counters.degraded += 1
+    await _raise_epoch(shared, backend, _DEGRADED_S)
+    await backend.sleep(shared.settings.epoch_ttl_s)
+
+
+async def _raise_epoch(shared: Shared, backend: Backend, seconds: float) -> None:
+    epoch = (await backend.durable.fetch(sql.RAISE_EPOCH, {"seconds": seconds}))[0][0]
+    shared.state.epoch, shared.state.degraded_until = epoch, now() + seconds

@@ -1,0 +1,215 @@
+"""
+Between LangGraph's objects and our records.
+
+Every channel value, write and exact copy of metadata goes through the codec
+together with the place it belongs to; a sealed value opens nowhere else. What
+Postgres must filter or join on stays JSON, but only where JSON gives back
+exactly what was put in. The rest is kept exact beside it.
+"""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import orjson
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
+    ChannelVersions,
+    Checkpoint,
+    CheckpointMetadata,
+    CheckpointTuple,
+    writes_sort_key,
+)
+
+from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
+from langgraph_vat._seal.codec import Codec, SealedCodec
+
+# What a sealed checkpoint still shows: LangGraph's own bookkeeping, without
+# which nothing could be listed, joined or pruned in SQL.
+READABLE_METADATA = frozenset(
+    {"source", "step", "parents", "run_id", "counters_since_delta_snapshot"}
+)
+_CHECKPOINT_KEYS = frozenset({"v", "id", "ts", "channel_versions", "versions_seen", "updated_channels"})
+# Beyond this a float may come back from JSON as an integer.
+_EXACT_FLOAT = 2.0**53
+_INT64 = range(-(2**63), 2**63)
+
+
+def is_text(value: str) -> bool:
+    """Whether Postgres can hold `value` as text: no NUL, no lone surrogate."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether Postgres's jsonb gives `value` back equal. A tuple counts as the list it becomes."""
+    if value is None or value is True or value is False:
+        return True
+    kind = type(value)
+    if kind is str:
+        return is_text(value)
+    if kind is int:
+        return value in _INT64
+    if kind is float:
+        return math.isfinite(value) and abs(value) < _EXACT_FLOAT
+    if kind is list or kind is tuple:
+        return all(map(is_plain, value))
+    if kind is dict:
+        return all(type(k) is str and is_plain(k) and is_plain(v) for k, v in value.items())
+    return False
+
+
+def encode_core(
+    checkpoint: Mapping[str, Any], metadata: Mapping[str, Any], codec: Codec, place: Sequence[str]
+) -> Core:
+    """Split a checkpoint and its metadata into what stays readable and what is kept exact."""
+    is_sealed = isinstance(codec, SealedCodec)
+    shown = {
+        key: value
+        for key, value in metadata.items()
+        if (key in READABLE_METADATA or not is_sealed) and is_plain(key) and is_plain(value)
+    }
+    hidden = {
+        key: value
+        for key, value in checkpoint.items()
+        if key != "channel_values"
+        and (not is_plain(value) or (is_sealed and key not in _CHECKPOINT_KEYS))
+    }
+    rest = {k: v for k, v in checkpoint.items() if k != "channel_values" and k not in hidden}
+    exact_type, exact = "", b""
+    if hidden or len(shown) < len(metadata):
+        exact_type, exact = codec.dump([dict(metadata), hidden], "metadata", *place)
+    return Core(orjson.dumps(rest), orjson.dumps(shown), exact_type, exact)
+
+
+def encode_put(
+    codec: Codec,
+    fence: Fence,
+    *,
+    checkpoint_ns: str,
+    parent_id: str,
+    checkpoint: Checkpoint,
+    metadata: CheckpointMetadata,
+    new_versions: ChannelVersions,
+    is_whole: bool,
+) -> PutEntry:
+    """
+    Encode one put: the new versions' values, or the values of all channels.
+
+    A channel of `new_versions` without a value is empty at that version.
+    """
+    versions = {channel: str(v) for channel, v in checkpoint["channel_versions"].items()}
+    versions |= {channel: str(v) for channel, v in new_versions.items()}
+    values = checkpoint["channel_values"]
+    brought = versions if is_whole else new_versions
+    return PutEntry(
+        uid=secrets.token_bytes(12),
+        fence=fence,
+        checkpoint_ns=checkpoint_ns,
+        checkpoint_id=checkpoint["id"],
+        parent_id=parent_id,
+        run_id=str(metadata.get("run_id", "")),
+        core=encode_core(checkpoint, cast("Any", metadata), codec, (checkpoint_ns, checkpoint["id"])),
+        blobs=tuple(
+            encode_blob(codec, checkpoint_ns, channel, versions[channel], values)
+            for channel in brought
+        ),
+        kept=frozenset(versions.keys() - new_versions.keys()) if is_whole else frozenset(),
+        needs=()
+        if is_whole
+        else tuple((c, v) for c, v in versions.items() if c not in new_versions and c in values),
+    )
+
+
+def encode_blob(
+    codec: Codec, checkpoint_ns: str, channel: str, version: str, values: Mapping[str, Any]
+) -> Blob:
+    """Encode the value that `values` has for a channel, or that it has none."""
+    if channel not in values:
+        return Blob(channel, version, "", None)
+    return Blob(channel, version, *codec.dump(values[channel], "blob", checkpoint_ns, channel, version))
+
+
+def encode_writes(
+    codec: Codec,
+    fence: Fence,
+    *,
+    checkpoint_ns: str,
+    checkpoint_id: str,
+    run_id: str,
+    writes: Sequence[tuple[str, Any]],
+    task_id: str,
+    task_path: str,
+) -> WritesEntry:
+    """Encode one put_writes. Within it, too, the last write of a special channel stays."""
+    encoded: dict[int, Write] = {}
+    for position, (channel, value) in enumerate(writes):
+        idx = WRITES_IDX_MAP.get(channel, position)
+        place = ("write", checkpoint_ns, checkpoint_id, task_id, str(idx), channel)
+        encoded[idx] = Write(task_id, idx, task_path, channel, *codec.dump(value, *place))
+    return WritesEntry(
+        uid=secrets.token_bytes(12),
+        fence=fence,
+        checkpoint_ns=checkpoint_ns,
+        checkpoint_id=checkpoint_id,
+        run_id=run_id,
+        writes=tuple(encoded.values()),
+    )
+
+
+def load_blob(codec: Codec, checkpoint_ns: str, blob: Blob) -> Any:
+    """Open the value of a channel that is not empty."""
+    assert blob.data is not None
+    return codec.load(blob.type, blob.data, "blob", checkpoint_ns, blob.channel, blob.version)
+
+
+def load_write(codec: Codec, checkpoint_ns: str, checkpoint_id: str, write: Write) -> Any:
+    """Open the value of one pending write."""
+    place = ("write", checkpoint_ns, checkpoint_id, write.task_id, str(write.idx), write.channel)
+    return codec.load(write.type, write.data, *place)
+
+
+def load_exact(codec: Codec, snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the whole metadata, and what else the checkpoint carried."""
+    if not snapshot.exact_type:
+        return snapshot.metadata, {}
+    place = ("metadata", snapshot.checkpoint_ns, snapshot.checkpoint_id)
+    metadata, hidden = codec.load(snapshot.exact_type, snapshot.exact, *place)
+    return metadata, hidden
+
+
+def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTuple:
+    """Return what LangGraph reads, for the thread id by which the caller knows it."""
+    ns, checkpoint_id = snapshot.checkpoint_ns, snapshot.checkpoint_id
+    metadata, hidden = load_exact(codec, snapshot)
+    values = dict(snapshot.inline)
+    for blob in snapshot.blobs:
+        if blob.data is not None and blob.type != "empty":
+            values[blob.channel] = load_blob(codec, ns, blob)
+    writes = sorted(snapshot.writes, key=lambda w: writes_sort_key(w.task_path, w.task_id, w.idx))
+    checkpoint = {**snapshot.checkpoint, **hidden, "channel_values": values}
+    return CheckpointTuple(
+        config=address(thread_id, ns, checkpoint_id),
+        checkpoint=cast("Checkpoint", checkpoint),
+        metadata=cast("CheckpointMetadata", metadata),
+        parent_config=address(thread_id, ns, snapshot.parent_id) if snapshot.parent_id else None,
+        pending_writes=[
+            (w.task_id, w.channel, load_write(codec, ns, checkpoint_id, w)) for w in writes
+        ],
+    )
+
+
+def address(thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> RunnableConfig:
+    """Return the config that names one checkpoint."""
+    return {
+        "configurable": {
+            "thread_id": thread_id,
+            "checkpoint_ns": checkpoint_ns,
+            "checkpoint_id": checkpoint_id,
+        }
+    }

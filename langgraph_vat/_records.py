@@ -1,0 +1,117 @@
+"""
+What travels between a saver's callers and its two tiers. Plain data, no behaviour.
+
+A value appears as the serializer left it: a type tag and bytes, sealed if
+sealing is on. A version appears as text, as Postgres keeps it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Fence(NamedTuple):
+    """
+    Which life of a thread a record belongs to.
+
+    A deleted thread's id may be used again: that is another generation.
+    Pruning or deleting runs keeps the generation and raises the history.
+    """
+
+    generation: str
+    history: int
+
+    @property
+    def text(self) -> str:
+        """The form both tiers compare."""
+        return f"{self.generation}:{self.history}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Fence":
+        """Read the form that `text` writes."""
+        generation, _, history = text.rpartition(":")
+        return cls(generation, int(history))
+
+
+class Core(NamedTuple):
+    """A checkpoint without its channel values, and its metadata."""
+
+    checkpoint: bytes
+    """JSON, as the column `checkpoints.checkpoint` holds it."""
+    metadata: bytes
+    """JSON of what may be read and filtered in the clear, as in `checkpoints.metadata`."""
+    exact_type: str
+    """Type tag of `exact`; empty when the JSON above already says everything."""
+    exact: bytes
+    """The metadata, and what else a checkpoint carried, as the serializer left them."""
+
+
+class Blob(NamedTuple):
+    """The value of a channel at one version. `data` is None where the channel is empty."""
+
+    channel: str
+    version: str
+    type: str
+    data: bytes | None
+
+
+class Write(NamedTuple):
+    """One pending write of a task."""
+
+    task_id: str
+    idx: int
+    task_path: str
+    channel: str
+    type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutEntry:
+    """One acknowledged `put`. `needs` and `kept` are (channel, version) pairs."""
+
+    uid: bytes
+    fence: Fence
+    checkpoint_ns: str
+    checkpoint_id: str
+    parent_id: str
+    run_id: str
+    core: Core
+    blobs: tuple[Blob, ...]
+    kept: frozenset[str]
+    """Channels in `blobs` whose version is not new: stored only where missing."""
+    needs: tuple[tuple[str, str], ...]
+    """Values this checkpoint names without bringing them: they must be stored already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritesEntry:
+    """One acknowledged `put_writes`."""
+
+    uid: bytes
+    fence: Fence
+    checkpoint_ns: str
+    checkpoint_id: str
+    run_id: str
+    writes: tuple[Write, ...]
+
+
+Entry = PutEntry | WritesEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One stored checkpoint with all that belongs to it, from either tier."""
+
+    thread_id: str
+    checkpoint_ns: str
+    checkpoint_id: str
+    parent_id: str
+    checkpoint: dict[str, Any]
+    metadata: dict[str, Any]
+    exact_type: str
+    exact: bytes
+    inline: Mapping[str, Any]
+    """Channel values that PostgresSaver keeps inside the checkpoint's JSON."""
+    blobs: tuple[Blob, ...]
+    writes: tuple[Write, ...]
