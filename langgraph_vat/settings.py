@@ -20,6 +20,8 @@ class Settings:
             every step in Postgres before it is acknowledged.
         flush_after: Seconds that a step may wait in Redis.
         head_ttl_s: Seconds that an idle thread stays hot.
+        max_backlog: Super-steps of a thread that may wait in Redis while
+            Postgres does not answer; then `put` raises.
         max_head_bytes: A state larger than this is not kept hot.
         pool_size: Most Postgres connections of a process, for blocking callers
             together and for each event loop.
@@ -32,6 +34,7 @@ class Settings:
     flush_every: int = 8
     flush_after: float = 2.0
     head_ttl_s: int = 86_400
+    max_backlog: int = 1_000
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
     timeout_s: float = 10.0
@@ -40,6 +43,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _require(self.flush_every >= 1, "flush_every must be at least 1 super-step")
+        _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
         _require(self.flush_after > 0, "flush_after must be more than 0 seconds")
         _require(self.head_ttl_s >= 1, "head_ttl_s must be at least 1 second")
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")

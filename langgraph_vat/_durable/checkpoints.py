@@ -17,6 +17,16 @@ SELECT generation::text, history, data_key FROM vat_threads WHERE thread_id = %(
 """
 
 # A thread that PostgresSaver wrote has rows but no fence yet: its first reader adds it.
+HAS_CHECKPOINT: LiteralString = """
+SELECT EXISTS (
+    SELECT FROM checkpoints WHERE thread_id = %(thread)s
+    AND checkpoint_ns = %(namespace)s AND checkpoint_id = %(checkpoint)s
+) OR EXISTS (
+    SELECT FROM vat_floors WHERE thread_id = %(thread)s
+    AND checkpoint_ns = %(namespace)s AND floor > %(checkpoint)s
+)
+"""
+
 HAS_ROWS: LiteralString = """
 SELECT EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
     OR EXISTS (SELECT FROM checkpoint_writes WHERE thread_id = %(thread)s)
@@ -40,6 +50,10 @@ SELECT thread_id, generation::text, history FROM vat_threads
 WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE SKIP LOCKED
 """
 
+EXISTING_THREADS: LiteralString = """
+SELECT thread_id FROM vat_threads WHERE thread_id = ANY(%(threads)s)
+"""
+
 TOUCH_THREADS: LiteralString = """
 UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s)
 """
@@ -47,6 +61,7 @@ UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s)
 RAISE_HISTORY: LiteralString = """
 UPDATE vat_threads SET history = history + 1
 WHERE thread_id = %(thread)s AND generation = %(generation)s AND history = %(history)s
+RETURNING history
 """
 
 # --- flush ---------------------------------------------------------------
@@ -280,26 +295,26 @@ DELETE FROM checkpoints
 WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s AND checkpoint_id <> ALL(%(kept)s)
 """
 
-# A parent that is gone is no parent, as in PostgresSaver.
-PRUNE_PARENTS: LiteralString = """
+# After checkpoints went: a parent that is gone is no parent, as in PostgresSaver,
+# and a value that no checkpoint names is garbage.
+COLLECT: tuple[LiteralString, ...] = (
+    """
 UPDATE checkpoints c SET parent_checkpoint_id = NULL
-WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
-AND c.parent_checkpoint_id IS NOT NULL
+WHERE c.thread_id = %(thread)s AND c.parent_checkpoint_id IS NOT NULL
 AND NOT EXISTS (
     SELECT FROM checkpoints p WHERE p.thread_id = c.thread_id
     AND p.checkpoint_ns = c.checkpoint_ns AND p.checkpoint_id = c.parent_checkpoint_id
 )
-"""
-
-PRUNE_BLOBS: LiteralString = """
+""",
+    """
 DELETE FROM checkpoint_blobs b
-WHERE b.thread_id = %(thread)s AND b.checkpoint_ns = %(namespace)s
-AND (b.channel, b.version) NOT IN (
-    SELECT v.key, v.value FROM checkpoints c
+WHERE b.thread_id = %(thread)s AND (b.checkpoint_ns, b.channel, b.version) NOT IN (
+    SELECT c.checkpoint_ns, v.key, v.value FROM checkpoints c
     CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
-    WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
+    WHERE c.thread_id = %(thread)s
 )
-"""
+""",
+)
 
 RAISE_FLOOR: LiteralString = """
 INSERT INTO vat_floors (thread_id, checkpoint_ns, floor)
@@ -333,14 +348,6 @@ AND c.metadata ->> 'run_id' = ANY(%(runs)s)
     """
 DELETE FROM checkpoints
 WHERE thread_id = %(thread)s AND metadata ->> 'run_id' = ANY(%(runs)s)
-""",
-    """
-DELETE FROM checkpoint_blobs b
-WHERE b.thread_id = %(thread)s AND NOT EXISTS (
-    SELECT FROM checkpoints c
-    WHERE c.thread_id = b.thread_id AND c.checkpoint_ns = b.checkpoint_ns
-    AND c.checkpoint -> 'channel_versions' ->> b.channel = b.version
-)
 """,
 )
 

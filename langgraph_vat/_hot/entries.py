@@ -65,7 +65,7 @@ def empty_head_pairs(fence: Fence) -> Pairs:
 
 def pack_core(core: Core) -> bytes:
     """Pack a core into one value."""
-    return ormsgpack.packb(core)
+    return ormsgpack.packb(tuple(core))
 
 
 def unpack_core(packed: bytes) -> Core:
@@ -159,7 +159,7 @@ def _write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]
     for write in writes:
         kind = b"w" if write.idx >= 0 else b"x"
         yield kind + prefix + b"%d:" % write.idx + write.task_id.encode()
-        yield ormsgpack.packb(write)
+        yield ormsgpack.packb(tuple(write))
 
 
 def _parse_writes(found: dict[bytes, bytes]) -> tuple[Write, ...]:

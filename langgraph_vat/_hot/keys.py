@@ -9,7 +9,7 @@ content leads to a key of its own, because each is preceded by its length.
 
 from zlib import crc32
 
-BUCKETS = 256
+BUCKETS = 128
 
 
 class Keys:

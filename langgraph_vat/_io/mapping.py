@@ -45,6 +45,8 @@ def map_postgres() -> Iterator[None]:
             " Nothing was written. Grant it, or run setup() once with a role that has it."
         )
         raise SchemaError(msg) from error
+    except psycopg.errors.LockNotAvailable:
+        raise  # only a migration sets a lock timeout, and it knows what to say
     except psycopg.OperationalError as error:
         msg = (
             f"Postgres did not answer ({type(error).__name__}). The operation happened whole or"

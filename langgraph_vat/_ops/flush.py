@@ -79,30 +79,28 @@ async def flush(
                 await _flush_alone(shared, backend, thread_id, wait=wait)
 
 
-async def flush_thread(shared: Shared, backend: Backend, thread_id: str) -> None:
-    """Flush one thread."""
-    await flush(shared, backend, [thread_id])
-
-
-async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry) -> bool:
+async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry) -> bytes:
     """
     Store one entry in Postgres without Redis, after this process's own copies.
 
     Returns:
-        False where the thread's fence is no longer the entry's, or a value
-        that it relies on is missing. Then nothing of it was stored.
+        ``ok``; or ``stale`` where the thread has another fence, or ``whole``
+        where a value that it relies on is missing: nothing of it was stored.
     """
 
-    async def body(session: Session) -> bool:
-        fences = await _lock(session, [thread_id], wait=True)
+    async def body(session: Session) -> _Batch | None:
+        fences, _ = await _lock(session, [thread_id], wait=True)
         if fences.get(thread_id) != entry.fence:
-            return False
+            return None
         batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
         await _write(session, fences, [batch])
-        _drop(shared, batch)
-        return entry.uid not in batch.held
+        return batch
 
-    return await backend.durable.transact(body)
+    batch = await backend.durable.transact(body)
+    if batch is None:
+        return b"stale"
+    _drop(shared, batch)
+    return b"whole" if entry.uid in batch.held else b"ok"
 
 
 async def overdue(shared: Shared, backend: Backend, *, own_s: float, any_s: float) -> list[str]:
@@ -136,8 +134,7 @@ async def _flush_some(
     shared: Shared, backend: Backend, thread_ids: Sequence[str], *, wait: bool
 ) -> None:
     async def body(session: Session) -> list[_Batch]:
-        fences = await _lock(session, thread_ids, wait=wait)
-        mine = thread_ids if wait else [t for t in thread_ids if t in fences]
+        fences, mine = await _lock(session, thread_ids, wait=wait)
         batches = [await _read(shared, backend, thread_id) for thread_id in mine]
         if any(batch.entries for batch in batches):
             await _write(session, fences, batches)
@@ -153,10 +150,17 @@ async def _flush_some(
 
 async def _lock(
     session: Session, thread_ids: Sequence[str], *, wait: bool
-) -> dict[str, Fence]:
-    statement = sql.LOCK_THREADS if wait else sql.TRY_LOCK_THREADS
-    rows = await session.fetch(statement, {"threads": list(thread_ids)})
-    return {thread_id: Fence(generation, history) for thread_id, generation, history in rows}
+) -> tuple[dict[str, Fence], Sequence[str]]:
+    """Lock what can be; return the fences, and the threads that are ours to flush."""
+    params = {"threads": list(thread_ids)}
+    rows = await session.fetch(sql.LOCK_THREADS if wait else sql.TRY_LOCK_THREADS, params)
+    fences = {thread_id: Fence(generation, history) for thread_id, generation, history in rows}
+    if wait or len(fences) == len(thread_ids):
+        return fences, thread_ids
+    # Of the others, those that exist are being flushed by someone. A deleted
+    # one's journal is ours to discard.
+    existing = {row[0] for row in await session.fetch(sql.EXISTING_THREADS, params)}
+    return fences, [t for t in thread_ids if t in fences or t not in existing]
 
 
 async def _read(shared: Shared, backend: Backend, thread_id: str) -> _Batch:

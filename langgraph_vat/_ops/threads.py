@@ -15,24 +15,26 @@ A thread's fence: read it, open the thread in Redis under it, give it a new one.
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import replace
 
+import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import empty_head_pairs, head_pairs
-from langgraph_vat._io.protocols import Backend, Hot, Session
+from langgraph_vat._io.protocols import Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.tiers import degrade, hot_to_write
 from langgraph_vat._ops.values import encode_blob
-from langgraph_vat._records import Blob, Core, Fence, Snapshot
+from langgraph_vat._records import Core, Fence, Snapshot
 from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import SealError, UnavailableError
-
-T = TypeVar("T")
+from langgraph_vat.errors import SealError
 
 # A live process changes a thread's history within this time, in seconds.
 _CLOSED_PAUSE_S = 0.05
@@ -47,27 +49,41 @@ async def find(shared: Shared, backend: Backend, thread_id: str, *, create: bool
 
     With `create`, a thread that has none gets one, committed before this
     returns. Without it, only a thread with rows from another saver does.
+
+    Raises:
+        SealError: The thread is sealed and this saver is not, or the reverse.
     """
-    params = {"thread": thread_id}
-    found = await backend.durable.fetch(sql.FIND_THREAD, params)
-    if not found:
-        if not create and not (await backend.durable.fetch(sql.HAS_ROWS, params))[0][0]:
-            shared.threads.forget(thread_id)
-            return None
-        await _add(shared, backend, thread_id)
-        found = await backend.durable.fetch(sql.FIND_THREAD, params)
-        if not found:
-            return None  # deleted again, this very moment
-    generation, history, wrapped = found[0]
-    known = Known(Fence(generation, history), _unwrap(shared, thread_id, generation, wrapped))
+    found = await _find_row(shared, backend, thread_id, create=create)
+    if found is None:
+        shared.threads.forget(thread_id)
+        return None
+    fence, wrapped = found
+    known = Known(fence, _unwrap(shared, thread_id, fence.generation, wrapped))
     shared.threads.set(thread_id, known)
     return known
 
 
-async def _add(shared: Shared, backend: Backend, thread_id: str) -> None:
+async def _find_row(
+    shared: Shared, backend: Backend, thread_id: str, *, create: bool
+) -> tuple[Fence, bytes | None] | None:
+    params = {"thread": thread_id}
+    found = await backend.durable.fetch(sql.FIND_THREAD, params)
+    if not found:
+        is_foreign = not create and (await backend.durable.fetch(sql.HAS_ROWS, params))[0][0]
+        if not create and not is_foreign:
+            return None
+        await _add(shared, backend, thread_id, is_sealed=not is_foreign)
+        found = await backend.durable.fetch(sql.FIND_THREAD, params)
+    if not found:
+        return None  # deleted again, this very moment
+    generation, history, wrapped = found[0]
+    return Fence(generation, history), wrapped
+
+
+async def _add(shared: Shared, backend: Backend, thread_id: str, *, is_sealed: bool) -> None:
     generation = str(uuid.uuid4())
     wrapped = None
-    if shared.keyring is not None:
+    if is_sealed and shared.keyring is not None:
         bound = _bound(thread_id, generation)
         wrapped = DataKey.generate().wrap(shared.keyring, associated_data=bound)
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
@@ -123,14 +139,17 @@ async def fill(
     meta, journal = keys.meta(thread_id), keys.journal(thread_id)
     known, snapshot = None, None
     for _ in range(_FILL_ROUNDS):
-        await flush_thread(shared, backend, thread_id)
+        if shared.copies.of(thread_id):
+            await flush(shared, backend, [thread_id])
         ticket = await _ticket(shared, backend, hot, thread_id)
+        if ticket is None:
+            await flush(shared, backend, [thread_id])
         known = await find(shared, backend, thread_id, create=create)
         snapshot = await select_latest(backend, thread_id, checkpoint_ns)
-        if known is None or ticket is None:
-            if ticket is None and known is not None:
-                continue
-            return known, snapshot
+        if known is None:
+            return None, None
+        if ticket is None:
+            continue
         pairs = _pairs(known, serde, thread_id, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
             return known, snapshot
@@ -165,18 +184,124 @@ async def select_latest(
 def _pairs(
     known: Known, serde: SerializerProtocol, thread_id: str, snapshot: Snapshot | None
 ) -> list[bytes]:
+    """Return the head that shows what Postgres has."""
     if snapshot is None:
         return empty_head_pairs(known.fence)
-    return head_pairs(complete(snapshot, known, serde, thread_id), known.fence, core_of(snapshot))
-
-
-def core_of(snapshot: Snapshot) -> Core:
-    """Return the core of a checkpoint that Postgres returned."""
-    import orjson
-
-    return Core(
+    core = Core(
         orjson.dumps(snapshot.checkpoint),
         orjson.dumps(snapshot.metadata),
         snapshot.exact_type,
         snapshot.exact,
     )
+    codec = known.codec(serde, thread_id)
+    return head_pairs(_complete(snapshot, codec), known.fence, core)
+
+
+def _complete(snapshot: Snapshot, codec: Codec) -> Snapshot:
+    """Give every channel of a checkpoint a blob: its value, or that it is empty."""
+    present = {blob.channel for blob in snapshot.blobs}
+    others = tuple(
+        encode_blob(codec, snapshot.checkpoint_ns, channel, str(version), snapshot.inline)
+        for channel, version in snapshot.checkpoint["channel_versions"].items()
+        if channel not in present
+    )
+    return replace(snapshot, blobs=snapshot.blobs + others)
+
+
+async def settle(
+    shared: Shared, backend: Backend, hot: Hot, thread_id: str, closing: bytes
+) -> None:
+    """
+    Wait until a closed thread is open again; abandon the change if its process seems dead.
+
+    Abandoning raises the fence first. If that process lives after all, its
+    transaction finds another fence than it closed, and starts over.
+    """
+    meta, head = shared.keys.meta(thread_id), shared.keys.head(thread_id, "")
+    for _ in range(_CLOSED_ROUNDS):
+        await backend.sleep(_CLOSED_PAUSE_S)
+        reply = await hot.script(scripts.GET, [meta, head], [shared.epoch, ""])
+        if reply[0] != b"closing" or reply[1] != closing:
+            return
+    text = closing.decode().removeprefix("closing:")
+    fence = Fence.parse(text)
+    params = {"thread": thread_id, "generation": fence.generation, "history": fence.history}
+    await backend.durable.fetch(sql.RAISE_HISTORY, params)
+    await _reopen(shared, hot, thread_id, text, is_deleted=False)
+
+
+async def change_history(
+    shared: Shared,
+    backend: Backend,
+    thread_id: str,
+    body: Callable[[Session, Fence], Awaitable[None]],
+    *,
+    is_deletion: bool = False,
+) -> bool:
+    """
+    Run `body` under the thread's lock, with no step and no cached read in between.
+
+    `body` changes rows of the thread; the new fence, or no fence for a
+    deletion, is committed with them.
+
+    Returns:
+        Whether there was such a thread.
+    """
+    while True:
+        hot = await hot_to_write(shared, backend)
+        found = await _find_row(shared, backend, thread_id, create=False)
+        if found is None:
+            return False
+        fence, _ = found
+        try:
+            if hot is not None:
+                await hot.script(scripts.CLOSE, [shared.keys.meta(thread_id)], [fence.text])
+        except HotTierError:
+            await degrade(shared, backend)
+            continue
+        is_deleted = False
+        try:
+            if not is_deletion:
+                await flush(shared, backend, [thread_id])
+            done = await _under_lock(backend, thread_id, fence, body, is_deletion=is_deletion)
+            is_deleted = done and is_deletion
+        finally:
+            shared.threads.forget(thread_id)
+            if hot is not None:
+                await _reopen(shared, hot, thread_id, fence.text, is_deleted=is_deleted)
+        if is_deleted:
+            shared.copies.drop(thread_id, [e.uid for e in shared.copies.of(thread_id)])
+            shared.threads.set(thread_id, None)
+        if done:
+            return True
+
+
+async def _under_lock(
+    backend: Backend,
+    thread_id: str,
+    fence: Fence,
+    body: Callable[[Session, Fence], Awaitable[None]],
+    *,
+    is_deletion: bool,
+) -> bool:
+    params = {"thread": thread_id}
+
+    async def transaction(session: Session) -> bool:
+        rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
+        if not rows or Fence(*rows[0][1:]) != fence:
+            return False
+        await body(session, fence)
+        await session.execute(sql.FORGET_THREAD if is_deletion else sql.BUMP_HISTORY, params)
+        return True
+
+    return await backend.durable.transact(transaction)
+
+
+async def _reopen(
+    shared: Shared, hot: Hot, thread_id: str, fence: str, *, is_deleted: bool
+) -> None:
+    keys = shared.keys
+    three = [keys.meta(thread_id), keys.journal(thread_id), keys.dirty(thread_id)]
+    # Should Redis not answer, the next caller finds the thread closed and opens it.
+    with suppress(HotTierError):
+        await hot.script(scripts.REOPEN, three, [fence, thread_id, int(is_deleted)])

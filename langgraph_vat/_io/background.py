@@ -1,0 +1,46 @@
+"""A daemon thread that does one thing again and again."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger("langgraph_vat")
+
+
+class Background:
+    """
+    Calls `work` every `interval_s` seconds, from the first `start` until `stop`.
+
+    An error is logged by its type, and the next round comes all the same.
+    """
+
+    def __init__(self, name: str, interval_s: float, work: Callable[[], object]) -> None:
+        self._name = name
+        self._interval_s = interval_s
+        self._work = work
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless it has begun or was stopped."""
+        if self._thread is not None or self._stopped.is_set():
+            return
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """End after the round under way, and wait for it."""
+        self._stopped.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._work()
+            except Exception as error:  # noqa: BLE001 - a round that fails must not end the thread
+                logger.warning("%s: %s; trying again", self._name, type(error).__name__)

@@ -1,0 +1,85 @@
+"""
+The life of a saver in a process, shared by its clones and views.
+
+It opens connections late, flushes in the background from the first put on,
+and closes once: by `close`, by leaving a `with` block, or when the
+interpreter exits.
+"""
+
+import atexit
+import logging
+
+from langgraph_vat._hot.keys import Keys
+from langgraph_vat._io.background import Background
+from langgraph_vat._io.connections import Connections
+from langgraph_vat._io.driver import drive
+from langgraph_vat._io.protocols import Backend
+from langgraph_vat._ops.flush import flush, overdue
+from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.tiers import refresh
+from langgraph_vat.errors import VatError
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.settings import Settings
+
+logger = logging.getLogger("langgraph_vat")
+
+
+class Lifecycle:
+    """Owns what a saver must stop: its flusher, and what is still to be flushed."""
+
+    def __init__(
+        self, connections: Connections, settings: Settings, keyring: Keyring | None
+    ) -> None:
+        self.connections = connections
+        self.shared = Shared(settings=settings, keyring=keyring, keys=Keys(settings.key_prefix))
+        interval_s = min(settings.flush_after / 4, settings.epoch_ttl_s / 2)
+        self._flusher = Background("langgraph-vat flusher", interval_s, self._round)
+        self._is_closed = False
+        atexit.register(self.close)
+
+    def blocking(self) -> Backend:
+        """The backend for blocking callers."""
+        self._start()
+        return self.connections.blocking()
+
+    async def asyncio(self) -> Backend:
+        """The backend for callers on the running event loop."""
+        self._start()
+        return await self.connections.asyncio()
+
+    def close(self) -> None:
+        """Flush what this process holds, and stop flushing. Blocks; may be called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
+        self._flusher.stop()
+        waiting = self.shared.copies.older_than(0)
+        if waiting:
+            self._flush_last(waiting)
+
+    def _start(self) -> None:
+        if self.connections.is_hot and not self._is_closed:
+            self._flusher.start()
+
+    def _flush_last(self, waiting: list[str]) -> None:
+        try:
+            drive(flush(self.shared, self.connections.blocking(), waiting))
+        except VatError as error:
+            logger.error(  # noqa: TRY400 - the type says it; a traceback may show what a user typed
+                "closing with steps of %d threads only in Redis (%s): the next process flushes them",
+                len(waiting),
+                type(error).__name__,
+            )
+
+    def _round(self) -> None:
+        drive(_flush_overdue(self.shared, self.connections.blocking()))
+
+
+async def _flush_overdue(shared: Shared, backend: Backend) -> None:
+    """Read the row that all agree on, and flush what is old: our own first, then anybody's."""
+    await refresh(shared, backend)
+    limit_s = shared.settings.flush_after
+    own_s = 0 if shared.is_degraded else limit_s / 2
+    threads = await overdue(shared, backend, own_s=own_s, any_s=limit_s * 3 / 4)
+    await flush(shared, backend, threads, wait=False)

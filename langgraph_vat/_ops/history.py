@@ -1,0 +1,204 @@
+"""
+History is Postgres's: flush what waits, then ask.
+
+Nothing here merges the tiers. A checkpoint named by its id is read from the
+head only where it is the head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory, writes_sort_key
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.rows import to_snapshot
+from langgraph_vat._hot import scripts
+from langgraph_vat._io.protocols import Backend, HotTierError, Row
+from langgraph_vat._ops.flush import flush, overdue
+from langgraph_vat._ops.hot import read_head
+from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.threads import find
+from langgraph_vat._ops.tiers import degrade, hot_to_read
+from langgraph_vat._ops.values import READABLE_METADATA, is_plain, load_blob, load_write, to_tuple
+from langgraph_vat._records import Blob, Snapshot, Write
+from langgraph_vat._seal.codec import Codec
+
+_PAGE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """
+    What a list asks for. Every condition may be absent.
+
+    `prefix` is what the stored thread ids must begin with if the view is
+    scoped, and must not begin with if it is not.
+    """
+
+    thread_id: str | None
+    checkpoint_ns: str | None
+    checkpoint_id: str | None
+    before_id: str | None
+    filter: Mapping[str, Any]
+    prefix: str
+    is_scoped: bool
+
+
+Cursor = tuple[str, str, str]
+
+
+async def flush_waiting(shared: Shared, backend: Backend, thread_id: str | None) -> None:
+    """Flush one thread, or every dirty one, if anything waits there."""
+    hot = await hot_to_read(shared, backend)
+    if thread_id is None:
+        await flush(shared, backend, await overdue(shared, backend, own_s=0, any_s=0))
+        return
+    waits = bool(shared.copies.of(thread_id))
+    if hot is not None and not waits:
+        try:
+            waits = await hot.script(scripts.LENGTH, [shared.keys.journal(thread_id)], []) > 0
+        except HotTierError:
+            await degrade(shared, backend)
+    if waits:
+        await flush(shared, backend, [thread_id])
+
+
+async def get_one(
+    shared: Shared, backend: Backend, thread_id: str, checkpoint_ns: str, checkpoint_id: str
+) -> tuple[Snapshot, Known] | None:
+    """Return the checkpoint with this id."""
+    hot = await hot_to_read(shared, backend)
+    if hot is not None:
+        try:
+            answer, head = await read_head(
+                shared, backend, hot, thread_id, checkpoint_ns, checkpoint_id
+            )
+            if answer == b"ok" and head is not None:
+                shared.counters.hits += 1
+                return head
+        except HotTierError:
+            await degrade(shared, backend)
+    await flush_waiting(shared, backend, thread_id)
+    params = {"thread": thread_id, "namespace": checkpoint_ns, "checkpoint": checkpoint_id}
+    rows = await backend.durable.fetch(sql.SELECT_ONE, params)
+    known = await _known(shared, backend, thread_id) if rows else None
+    return (to_snapshot(rows[0]), known) if known else None
+
+
+async def page(
+    shared: Shared,
+    backend: Backend,
+    serde: SerializerProtocol,
+    listing: Listing,
+    cursor: Cursor | None,
+    most: int | None,
+) -> tuple[list[tuple[str, CheckpointTuple]], Cursor | None]:
+    """
+    Return one page of a list, newest first across threads and namespaces, and where the next begins.
+
+    Returns:
+        Pairs of stored thread id and checkpoint; and None after the last page.
+    """
+    if cursor is None:
+        await flush_waiting(shared, backend, listing.thread_id)
+    size = _PAGE if most is None else max(1, min(most, _PAGE))
+    rows = await backend.durable.fetch(sql.SELECT_PAGE, _page_params(shared, listing, cursor, size))
+    found = []
+    for row in rows:
+        snapshot = to_snapshot(row)
+        known = await _known(shared, backend, snapshot.thread_id)
+        if known is None:
+            continue  # deleted meanwhile
+        thread_id = snapshot.thread_id
+        result = to_tuple(snapshot, known.codec(serde, thread_id), thread_id)
+        if all(result.metadata.get(key) == value for key, value in listing.filter.items()):
+            found.append((thread_id, result))
+    if len(rows) < size:
+        return found, None
+    thread_id, namespace, checkpoint_id = rows[-1][:3]
+    return found, (checkpoint_id, thread_id, namespace)
+
+
+def _page_params(
+    shared: Shared, listing: Listing, cursor: Cursor | None, size: int
+) -> dict[str, Any]:
+    after_id, after_thread, after_namespace = cursor or (None, None, None)
+    # Every row is checked again once it is open; here is only what SQL can see.
+    visible = {
+        key: value
+        for key, value in listing.filter.items()
+        if is_plain(value) and is_plain(key) and (shared.keyring is None or key in READABLE_METADATA)
+    }
+    return {
+        "thread": listing.thread_id,
+        "namespace": listing.checkpoint_ns,
+        "checkpoint": listing.checkpoint_id,
+        "before": listing.before_id,
+        "after_id": after_id,
+        "after_thread": after_thread,
+        "after_namespace": after_namespace,
+        "filter": orjson.dumps(visible).decode(),
+        "prefix": listing.prefix,
+        "scoped": listing.is_scoped,
+        "limit": size,
+    }
+
+
+async def delta_history(
+    shared: Shared,
+    backend: Backend,
+    serde: SerializerProtocol,
+    thread_id: str,
+    checkpoint_ns: str,
+    checkpoint_id: str,
+    channels: Sequence[str],
+) -> Mapping[str, DeltaChannelHistory]:
+    """Return, for each channel, the writes since the nearest ancestor that stores its value, and that value."""
+    await flush_waiting(shared, backend, thread_id)
+    known = await _known(shared, backend, thread_id)
+    params = {
+        "thread": thread_id,
+        "namespace": checkpoint_ns,
+        "checkpoint": checkpoint_id,
+        "channels": list(channels),
+    }
+    rows = await backend.durable.fetch(sql.SELECT_DELTA_HISTORY, params) if known else []
+    codec = known.codec(serde, thread_id) if known else None
+    return {
+        channel: _history(codec, checkpoint_ns, channel, [r for r in rows if r[3] == channel])
+        for channel in channels
+    }
+
+
+def _history(
+    codec: Codec | None, checkpoint_ns: str, channel: str, rows: Sequence[Row]
+) -> DeltaChannelHistory:
+    """Build one channel's history from its rows, which come nearest ancestor first."""
+    steps: dict[int, list[tuple[str, Write]]] = {}
+    entry: DeltaChannelHistory = {"writes": []}
+    if codec is None:
+        return entry
+    for kind, depth, owner, _, path, task_id, idx, type_, data, inline in rows:
+        if kind == "write":
+            write = Write(task_id, idx, path, channel, type_, data)
+            steps.setdefault(depth, []).append((owner, write))
+        elif kind == "blob":
+            entry["seed"] = load_blob(codec, checkpoint_ns, Blob(channel, owner, type_, data))
+        else:
+            entry.setdefault("seed", inline)
+    for depth in sorted(steps, reverse=True):
+        ordered = sorted(
+            steps[depth], key=lambda s: writes_sort_key(s[1].task_path, s[1].task_id, s[1].idx)
+        )
+        entry["writes"] += [
+            (write.task_id, channel, load_write(codec, checkpoint_ns, owner, write))
+            for owner, write in ordered
+        ]
+    return entry
+
+
+async def _known(shared: Shared, backend: Backend, thread_id: str) -> Known | None:
+    return shared.threads.get(thread_id) or await find(shared, backend, thread_id, create=False)

@@ -1,0 +1,414 @@
+"""
+The hot path: put, put_writes, and reading the newest checkpoint.
+
+Each is one script, and so one round trip, as long as the thread is hot. The
+script changes journal and head together, or nothing; every other answer is a
+reason to take a longer way and try again:
+
+=========  ==================================================================
+`whole`    the entry does not extend the head (a fork, a gap): send all values
+`open`     Redis does not know the thread, or its head: fill from Postgres
+`closing`  the thread's history is being changed: wait
+`stale`    the thread has another fence: learn it, or refuse a late write
+=========  ==================================================================
+
+A step is acknowledged when it is in Redis and among this process's own
+copies; in Postgres as well when a flush is due, and at once when
+`flush_every` is 1.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._hot import scripts
+from langgraph_vat._hot.entries import Head, needs_pairs, pack_core, put_pairs, writes_pairs
+from langgraph_vat._io.protocols import Backend, Hot, HotTierError
+from langgraph_vat._ops.flush import commit, flush
+from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.threads import fill, find, select_latest, settle
+from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write
+from langgraph_vat._ops.values import encode_put, encode_writes
+from langgraph_vat._records import Entry, Fence, PutEntry, Snapshot, WritesEntry
+from langgraph_vat.errors import QuarantinedError, ThreadDeletedError, UnavailableError
+
+# Longer ways taken before giving up. Each answer above is rare; in a row they
+# mean that others change this very thread all the time.
+_ROUNDS = 12
+_MOST_OPENED = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Put:
+    """The arguments of one put."""
+
+    thread_id: str
+    checkpoint_ns: str
+    parent_id: str
+    checkpoint: Checkpoint
+    metadata: CheckpointMetadata
+    new_versions: ChannelVersions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutWrites:
+    """The arguments of one put_writes."""
+
+    thread_id: str
+    checkpoint_ns: str
+    checkpoint_id: str
+    run_id: str
+    writes: Sequence[tuple[str, Any]]
+    task_id: str
+    task_path: str
+
+
+async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: Put) -> None:
+    """
+    Store one checkpoint and make it the newest of its namespace, if its id is the greatest.
+
+    Storing the same checkpoint again gives the same rows.
+
+    Raises:
+        ThreadDeletedError: The parent belongs to a thread that was deleted.
+        UnavailableError: Neither tier can take it, or the backlog is full.
+    """
+    _refuse_quarantined(shared, new.thread_id)
+    known = await _known_to_put(shared, backend, new)
+    mode, opened = "delta", 0
+    for _ in range(_ROUNDS):
+        entry = encode_put(
+            known.codec(serde, new.thread_id),
+            known.fence,
+            checkpoint_ns=new.checkpoint_ns,
+            parent_id=new.parent_id,
+            checkpoint=new.checkpoint,
+            metadata=new.metadata,
+            new_versions=new.new_versions,
+            is_whole=mode != "delta",
+        )
+        answer, detail = await _send(shared, backend, new.thread_id, entry, _put_call(entry, mode))
+        if answer == b"ok":
+            return await _acknowledge(shared, backend, new.thread_id, entry, detail)
+        if answer == b"whole":
+            mode = "whole"
+        elif answer == b"open":
+            opened += 1
+            # Others keep changing the thread, or its head is too big: leave that to a reader.
+            mode = mode if opened <= _MOST_OPENED else "headless"
+            known = await _open(shared, backend, serde, new, known)
+        elif answer == b"stale":
+            known = await _renew(shared, backend, new, known)
+    raise _busy(new.thread_id)
+
+
+async def put_writes(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, new: PutWrites
+) -> None:
+    """
+    Store pending writes of a checkpoint, which may itself still be on its way.
+
+    Of several writes with one task and index the first stays; of special
+    channels (errors, interrupts, …) the last does, as in InMemorySaver. An
+    interrupt or error is in Postgres when this returns.
+
+    Raises:
+        ThreadDeletedError: The thread was deleted since this process last used it.
+        UnavailableError: Neither tier can take it, or the backlog is full.
+    """
+    _refuse_quarantined(shared, new.thread_id)
+    known = await _known_to_write(shared, backend, new)
+    for _ in range(_ROUNDS):
+        entry = encode_writes(
+            known.codec(serde, new.thread_id),
+            known.fence,
+            checkpoint_ns=new.checkpoint_ns,
+            checkpoint_id=new.checkpoint_id,
+            run_id=new.run_id,
+            writes=new.writes,
+            task_id=new.task_id,
+            task_path=new.task_path,
+        )
+        answer, detail = await _send(shared, backend, new.thread_id, entry, _writes_call(entry))
+        if answer == b"ok":
+            return await _acknowledge(shared, backend, new.thread_id, entry, detail)
+        if answer == b"open":
+            known = await _open(shared, backend, serde, new, known)
+        elif answer == b"stale":
+            known = await _renew(shared, backend, new, known)
+    raise _busy(new.thread_id)
+
+
+async def get_latest(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, thread_id: str, checkpoint_ns: str
+) -> tuple[Snapshot, Known] | None:
+    """
+    Return the checkpoint with the greatest id that anybody was acknowledged.
+
+    Raises:
+        UnavailableError: The head is not in Redis and Postgres does not
+            answer. Never None, and never an older checkpoint, instead.
+    """
+    for _ in range(_ROUNDS):
+        hot = await hot_to_read(shared, backend)
+        if hot is None:
+            return await _read_durable(shared, backend, thread_id, checkpoint_ns)
+        try:
+            answer, head = await read_head(shared, backend, hot, thread_id, checkpoint_ns, "")
+            if answer == b"ok":
+                shared.counters.hits += 1
+                return head
+            if answer == b"open":
+                shared.counters.misses += 1
+                known, snapshot = await fill(
+                    shared, backend, hot, serde, thread_id, checkpoint_ns, create=False
+                )
+                return (snapshot, known) if known and snapshot else None
+        except HotTierError:
+            await degrade(shared, backend)
+    raise _busy(thread_id)
+
+
+async def read_head(
+    shared: Shared, backend: Backend, hot: Hot, thread_id: str, checkpoint_ns: str, checkpoint_id: str
+) -> tuple[bytes, tuple[Snapshot, Known] | None]:
+    """
+    Look at a head: the newest checkpoint, or the one with an id if it is the newest.
+
+    Returns:
+        ``ok`` with the checkpoint, or with None where it is known that the
+        namespace has none; ``open`` and ``past`` where Redis cannot tell.
+    """
+    keys = [shared.keys.meta(thread_id), shared.keys.head(thread_id, checkpoint_ns)]
+    answer, *details = await hot.script(scripts.GET, keys, [shared.epoch, checkpoint_id])
+    if answer == b"closing":
+        await settle(shared, backend, hot, thread_id, details[0])
+    if answer != b"ok":
+        return answer, None
+    fence, head = Fence.parse(details[0].decode()), Head(details[1])
+    known = await _known_by_fence(shared, backend, thread_id, fence)
+    if known is None:
+        return b"closing", None  # deleted between the two reads: look again
+    if not head.checkpoint_id:
+        return answer, None
+    snapshot = _snapshot(thread_id, checkpoint_ns, head)
+    return (answer, (snapshot, known)) if snapshot else (b"open", None)
+
+
+def _snapshot(thread_id: str, checkpoint_ns: str, head: Head) -> Snapshot | None:
+    """Return what a head shows; None where its parts do not belong together."""
+    core, blobs = head.core, head.blobs
+    checkpoint = orjson.loads(core.checkpoint)
+    versions = {channel: str(v) for channel, v in checkpoint["channel_versions"].items()}
+    found = {blob.channel: blob for blob in blobs if versions.get(blob.channel) == blob.version}
+    if len(found) < len(versions):
+        return None
+    return Snapshot(
+        thread_id=thread_id,
+        checkpoint_ns=checkpoint_ns,
+        checkpoint_id=head.checkpoint_id,
+        parent_id=head.parent_id,
+        checkpoint=checkpoint,
+        metadata=orjson.loads(core.metadata),
+        exact_type=core.exact_type,
+        exact=core.exact,
+        inline={},
+        blobs=tuple(found.values()),
+        writes=head.writes,
+    )
+
+
+async def _known_by_fence(
+    shared: Shared, backend: Backend, thread_id: str, fence: Fence
+) -> Known | None:
+    known = shared.threads.get(thread_id)
+    if known is not None and known.fence == fence:
+        return known
+    if shared.keyring is None:
+        known = Known(fence, None)
+    elif known is not None and known.fence.generation == fence.generation:
+        known = known._replace(fence=fence)
+    else:
+        known = await find(shared, backend, thread_id, create=False)
+        return known if known is not None and known.fence == fence else None
+    shared.threads.set(thread_id, known)
+    return known
+
+
+async def _read_durable(
+    shared: Shared, backend: Backend, thread_id: str, checkpoint_ns: str
+) -> tuple[Snapshot, Known] | None:
+    if shared.copies.of(thread_id):
+        await flush(shared, backend, [thread_id])
+    known = await find(shared, backend, thread_id, create=False)
+    snapshot = await select_latest(backend, thread_id, checkpoint_ns) if known else None
+    return (snapshot, known) if known and snapshot else None
+
+
+Call = Callable[[Shared, Hot, str], Awaitable[Any]]
+
+
+def _put_call(entry: PutEntry, mode: str) -> Call:
+    async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
+        needs = needs_pairs(entry)
+        own, both = put_pairs(entry)
+        core = pack_core(entry.core)
+        size = len(core) + sum(map(len, both))
+        fitting = "headless" if size > shared.settings.max_head_bytes else mode
+        args = [
+            thread_id, entry.fence.text, shared.epoch, fitting, shared.settings.head_ttl_s,
+            entry.checkpoint_id, entry.parent_id, core, len(needs), len(own), *needs, *own, *both,
+        ]  # fmt: skip
+        return await hot.script(scripts.PUT, _keys(shared, thread_id, entry), args)
+
+    return call
+
+
+def _writes_call(entry: WritesEntry) -> Call:
+    async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
+        own, both = writes_pairs(entry)
+        args = [
+            thread_id, entry.fence.text, shared.epoch, shared.settings.head_ttl_s,
+            entry.checkpoint_id, len(own), *own, *both,
+        ]  # fmt: skip
+        return await hot.script(scripts.PUT_WRITES, _keys(shared, thread_id, entry), args)
+
+    return call
+
+
+def _keys(shared: Shared, thread_id: str, entry: Entry) -> list[bytes]:
+    keys = shared.keys
+    head = keys.head(thread_id, entry.checkpoint_ns)
+    return [keys.meta(thread_id), head, keys.journal(thread_id), keys.dirty(thread_id)]
+
+
+async def _send(
+    shared: Shared, backend: Backend, thread_id: str, entry: Entry, call: Call
+) -> tuple[bytes, int | None]:
+    """
+    Give an entry to Redis, or past it to Postgres.
+
+    Returns:
+        The answer, and the thread's super-steps that wait in Redis; None
+        where the entry is in Postgres already.
+    """
+    hot = await hot_to_write(shared, backend)
+    if hot is None:
+        return await commit(shared, backend, thread_id, entry), None
+    try:
+        answer, *details = await call(shared, hot, thread_id)
+        if answer == b"ok":
+            shared.copies.add(thread_id, entry)
+            return answer, details[1]
+        if answer == b"closing":
+            await settle(shared, backend, hot, thread_id, details[0])
+    except HotTierError:
+        await degrade(shared, backend)
+        answer = b"degraded"
+    return answer, None
+
+
+async def _acknowledge(
+    shared: Shared, backend: Backend, thread_id: str, entry: Entry, steps: int | None
+) -> None:
+    """Flush if that is due. Without Postgres a bounded number of steps may go on waiting."""
+    if steps is None:
+        return
+    every = shared.settings.flush_every
+    is_urgent = isinstance(entry, WritesEntry) and any(
+        write.channel in (ERROR, INTERRUPT) for write in entry.writes
+    )
+    if every > 1 and steps < every and not is_urgent:
+        return
+    try:
+        await flush(shared, backend, [thread_id])
+    except UnavailableError:
+        if every == 1 or steps >= shared.settings.max_backlog:
+            raise
+
+
+async def _open(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, new: Put | PutWrites, known: Known
+) -> Known:
+    """Make a thread hot; return its fence, or refuse a late write to a deleted one."""
+    hot = await hot_to_write(shared, backend)
+    if hot is None:
+        return known
+    try:
+        await fill(shared, backend, hot, serde, new.thread_id, new.checkpoint_ns, create=False)
+    except HotTierError:
+        await degrade(shared, backend)
+    return await _renew(shared, backend, new, known)
+
+
+async def _renew(shared: Shared, backend: Backend, new: Put | PutWrites, known: Known) -> Known:
+    """Return the thread's present fence; refuse a write that belongs to an earlier generation."""
+    is_first = isinstance(new, Put) and not new.parent_id
+    present = await find(shared, backend, new.thread_id, create=is_first)
+    if present is not None:
+        if is_first or present.fence.generation == known.fence.generation:
+            return present
+        if isinstance(new, Put) and await _has_parent(shared, backend, new):
+            return present
+    raise _deleted(new.thread_id)
+
+
+async def _known_to_put(shared: Shared, backend: Backend, new: Put) -> Known:
+    known = shared.threads.get(new.thread_id)
+    if known is not None:
+        return known
+    known = await find(shared, backend, new.thread_id, create=not new.parent_id)
+    if known is None or (new.parent_id and not await _has_parent(shared, backend, new)):
+        raise _deleted(new.thread_id)
+    return known
+
+
+async def _known_to_write(shared: Shared, backend: Backend, new: PutWrites) -> Known:
+    if shared.threads.is_gone(new.thread_id):
+        raise _deleted(new.thread_id)
+    known = shared.threads.get(new.thread_id)
+    known = known or await find(shared, backend, new.thread_id, create=True)
+    if known is None:
+        raise _deleted(new.thread_id)
+    return known
+
+
+async def _has_parent(shared: Shared, backend: Backend, new: Put) -> bool:
+    """Whether the parent is stored, or was pruned."""
+    await flush(shared, backend, [new.thread_id])
+    params = {
+        "thread": new.thread_id,
+        "namespace": new.checkpoint_ns,
+        "checkpoint": new.parent_id,
+    }
+    return bool((await backend.durable.fetch(sql.HAS_CHECKPOINT, params))[0][0])
+
+
+def _refuse_quarantined(shared: Shared, thread_id: str) -> None:
+    if cause := shared.quarantine.get(thread_id):
+        msg = (
+            f"earlier steps of thread {thread_id!r} cannot be stored in Postgres"
+            f" ({type(cause).__name__}); this one was not taken. Copy or delete the thread."
+        )
+        raise QuarantinedError(msg) from cause
+
+
+def _deleted(thread_id: str) -> ThreadDeletedError:
+    return ThreadDeletedError(
+        f"thread {thread_id!r} does not have the checkpoint that this step follows: it was deleted"
+        " meanwhile. Nothing was stored and nothing came back. A step without a parent checkpoint"
+        " starts the thread anew."
+    )
+
+
+def _busy(thread_id: str) -> UnavailableError:
+    return UnavailableError(
+        f"thread {thread_id!r} was changed by others at every attempt. The step may be stored or"
+        " not; repeating it is safe."
+    )

@@ -1,0 +1,150 @@
+"""
+What takes history away, or makes more of it: delete, prune, delete runs, copy.
+
+All but the copy's source go through `change_history`, so no delayed flush,
+cache fill or dead process's journal brings anything back: an entry carries
+the fence it was written under, and Postgres knows the present one.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.rows import columns
+from langgraph_vat._io.protocols import Backend, Session
+from langgraph_vat._ops.history import flush_waiting
+from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.threads import change_history, find
+from langgraph_vat._records import Fence
+from langgraph_vat._seal.codec import Codec
+from langgraph_vat.errors import InvalidInputError
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+
+async def delete_thread(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Delete a thread, its fence and its data key, in both tiers."""
+
+    async def body(session: Session, _: Fence) -> None:
+        for statement in sql.DELETE_ROWS:
+            await session.execute(statement, {"thread": thread_id})
+
+    await change_history(shared, backend, thread_id, body, is_deletion=True)
+
+
+async def keep_latest(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """
+    Keep the newest checkpoint of each namespace, with its writes and values.
+
+    Ancestors stay where a DeltaChannel's value must still be rebuilt from
+    their writes.
+    """
+
+    async def body(session: Session, _: Fence) -> None:
+        for namespace, head, channels in await session.fetch(sql.SELECT_HEADS, {"thread": thread_id}):
+            await _keep(session, thread_id, namespace, head, channels)
+        for statement in sql.COLLECT:
+            await session.execute(statement, {"thread": thread_id})
+
+    await change_history(shared, backend, thread_id, body)
+
+
+async def _keep(
+    session: Session, thread_id: str, namespace: str, head: str, channels: Sequence[str]
+) -> None:
+    params: dict[str, Any] = {"thread": thread_id, "namespace": namespace, "floor": head}
+    kept = [head]
+    if channels:
+        chain = {**params, "checkpoint": head, "channels": list(channels)}
+        kept += [row[0] for row in await session.fetch(sql.SELECT_CHAIN, chain)]
+    params["kept"] = kept
+    for statement in (sql.PRUNE_WRITES, sql.PRUNE_CHECKPOINTS, sql.RAISE_FLOOR):
+        await session.execute(statement, params)
+
+
+async def delete_for_runs(
+    shared: Shared, backend: Backend, run_ids: Sequence[str], *, prefix: str, is_scoped: bool
+) -> None:
+    """
+    Delete the checkpoints and writes of runs.
+
+    The run ids are noted first: a flush that comes late leaves them out.
+    """
+    await flush_waiting(shared, backend, None)
+    params = {"runs": list(run_ids), "prefix": prefix, "scoped": is_scoped}
+
+    async def note(session: Session) -> None:
+        await session.execute(sql.NOTE_DELETED_RUNS, params)
+
+    async def body(thread_id: str, session: Session, _: Fence) -> None:
+        for statement in (*sql.DELETE_RUNS, *sql.COLLECT):
+            await session.execute(statement, {**params, "thread": thread_id})
+
+    threads = [row[0] for row in await backend.durable.fetch(sql.THREADS_OF_RUNS, params)]
+    await backend.durable.transact(note)
+    for thread_id in threads:
+        await change_history(shared, backend, thread_id, partial(body, thread_id))
+
+
+async def copy_thread(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, source_id: str, target_id: str
+) -> None:
+    """
+    Copy a thread with its whole history to an id that has none.
+
+    Raises:
+        InvalidInputError: There is no such source, or the target has checkpoints.
+    """
+    if source_id == target_id:
+        raise InvalidInputError("a thread cannot be copied onto itself; choose another target id")
+    source = await find(shared, backend, source_id, create=False)
+    if source is None:
+        raise InvalidInputError(f"there is no thread {source_id!r} to copy; nothing was written")
+    await flush_waiting(shared, backend, source_id)
+    target = await find(shared, backend, target_id, create=True)
+    assert target is not None
+
+    async def body(session: Session, fence: Fence) -> None:
+        # The source's lock after the target's may deadlock with the opposite copy;
+        # Postgres then ends one of the two, and its second attempt succeeds.
+        await session.fetch(sql.LOCK_THREADS, {"threads": [source_id]})
+        if (await session.fetch(sql.HAS_ROWS, {"thread": target_id}))[0][0]:
+            msg = f"thread {target_id!r} already has checkpoints; nothing was copied. Delete it first"
+            raise InvalidInputError(msg)
+        for statement in sql.COPY_ROWS:
+            await session.execute(statement, {"thread": source_id, "target": target_id})
+        if source.data_key is not None:
+            codecs = source.codec(serde, source_id), target.codec(serde, target_id)
+            await _reseal(session, target_id, *codecs)
+
+    await change_history(shared, backend, target_id, body)
+
+
+async def _reseal(session: Session, thread_id: str, source: Codec, target: Codec) -> None:
+    """Seal the copied rows of a thread anew, under its own key and bound to it."""
+
+    def again(type_: str, data: bytes, *place: str) -> bytes:
+        return target.dump(source.load(type_, data, *place), *place)[1]
+
+    only = {"thread": thread_id}
+    blobs = [
+        (ns, channel, version, again(type_, data, "blob", ns, channel, version))
+        for ns, channel, version, type_, data in await session.fetch(sql.SEALED_BLOBS, only)
+    ]
+    names = ("namespaces", "channels", "versions", "blobs")
+    await session.execute(sql.RESEAL_BLOBS, {**only, **columns(blobs, *names)})
+    writes = [
+        (ns, cid, task, idx, again(type_, data, "write", ns, cid, task, str(idx), channel))
+        for ns, cid, task, idx, channel, type_, data in await session.fetch(sql.SEALED_WRITES, only)
+    ]
+    names = ("namespaces", "ids", "tasks", "idxs", "blobs")
+    await session.execute(sql.RESEAL_WRITES, {**only, **columns(writes, *names)})
+    exacts = [
+        (ns, cid, again(type_, data, "metadata", ns, cid))
+        for ns, cid, type_, data in await session.fetch(sql.SEALED_EXACTS, only)
+    ]
+    await session.execute(
+        sql.RESEAL_EXACTS, {**only, **columns(exacts, "namespaces", "ids", "blobs")}
+    )
+
+

@@ -1,0 +1,68 @@
+"""
+Create or migrate the schema: one transaction under one lock, and only if needed.
+
+Where the schema is current this reads and nothing else, so a role with DML
+rights is enough from then on. Ten processes may call it at once. It never
+waits longer than ten seconds for somebody's open transaction, and then says
+whose.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import LiteralString
+
+import psycopg
+
+from langgraph_vat._durable import schema as sql
+from langgraph_vat._io.protocols import Backend, Session
+from langgraph_vat.errors import SchemaError
+
+
+async def setup_checkpoints(backend: Backend) -> None:
+    """
+    Bring the checkpoint tables up to date.
+
+    Raises:
+        SchemaError: The schema is newer than this package, the role may not
+            change it, or another session holds its tables.
+    """
+    if await _version(backend) == sql.VERSION:
+        return
+
+    async def body(session: Session) -> None:
+        await session.execute(sql.LOCK_TIMEOUT)
+        await session.execute(sql.LOCK)
+        exists = (await session.fetch(sql.HAS_SCHEMA))[0][0]
+        done = (await session.fetch(sql.SELECT_VERSION))[0][0] if exists else 0
+        for migration in sql.MIGRATIONS[done:]:
+            for statement in migration:
+                await session.execute(statement)
+
+    await migrate(backend, body, sql.BLOCKERS)
+
+
+async def migrate(
+    backend: Backend, body: Callable[[Session], Awaitable[None]], blockers: LiteralString
+) -> None:
+    """Run schema changes in a transaction; on a lock that is not to be had, name its holders."""
+    try:
+        await backend.durable.transact(body)
+    except psycopg.errors.LockNotAvailable as error:
+        holders = [f"{name} (pid {pid}, {state})" for pid, name, state in await backend.durable.fetch(blockers)]
+        msg = (
+            "the schema could not be changed within 10 s, because other sessions hold its tables:"
+            f" {', '.join(holders) or 'unknown'}. Nothing was changed. End them, or try again."
+        )
+        raise SchemaError(msg) from error
+
+
+async def _version(backend: Backend) -> int:
+    if not (await backend.durable.fetch(sql.HAS_SCHEMA))[0][0]:
+        return 0
+    version: int = (await backend.durable.fetch(sql.SELECT_VERSION))[0][0]
+    if version > sql.VERSION:
+        msg = (
+            f"the schema is version {version}, made by a newer langgraph-vat than this one, which"
+            f" knows {sql.VERSION}. Nothing was changed. Upgrade this process."
+        )
+        raise SchemaError(msg)
+    return version

@@ -1,0 +1,193 @@
+"""
+Keys that wrap keys. One is primary and wraps; all of them unwrap what they wrapped.
+
+A wrapped secret, version 1:
+
+======  ==============================================
+bytes   meaning
+======  ==============================================
+1       version of this format: 1
+1       length of the key id
+n       key id, ASCII
+12      nonce, random
+rest    AES-256-GCM ciphertext, the last 16 bytes its tag
+======  ==============================================
+
+All that precedes the nonce is authenticated with the associated data. The key
+is found by its id, never by trying.
+"""
+
+import base64
+import binascii
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn, Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from langgraph_vat.errors import ConfigurationError, SealError, UnknownKeyError
+
+_KEY_BYTES = 32
+_NONCE_BYTES = 12
+_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_REFUSED = "a wrapped key could not be opened: it was changed, or belongs elsewhere"
+
+
+class Keyring:
+    """
+    Several 256-bit keys, each with an id; the first is the primary one.
+
+    Their text form is ``id:base64`` for each key, the primary one first,
+    separated by commas or white space. To rotate, put a new key first and
+    leave the old one behind it until nothing is wrapped by it.
+
+    Cannot be printed, copied or pickled.
+
+    Args:
+        keys: Pairs of id (1 to 32 of ``A-Z a-z 0-9 _ -``) and 32 bytes.
+
+    Raises:
+        ConfigurationError: There is no key, or one is unusable.
+    """
+
+    __slots__ = ("_ciphers", "_keys")
+
+    def __init__(self, keys: Iterable[tuple[str, bytes]]) -> None:
+        self._keys: dict[str, bytes] = {}
+        for key_id, key in keys:
+            _refuse_unusable(key_id, key)
+            if key_id in self._keys:
+                raise ConfigurationError(f"the keyring has two keys with the id {key_id!r}")
+            self._keys[key_id] = bytes(key)
+        if not self._keys:
+            raise ConfigurationError("the keyring is empty; it needs at least one id:base64 key")
+        self._ciphers = {key_id: AESGCM(key) for key_id, key in self._keys.items()}
+
+    @classmethod
+    def generate(cls, key_id: str = "k1") -> Self:
+        """Return a keyring with one new random key. Save it, or what it seals is lost with it."""
+        return cls([(key_id, AESGCM.generate_key(bit_length=256))])
+
+    @classmethod
+    def from_env(cls, variable: str = "LANGGRAPH_VAT_KEYS") -> Self:
+        """
+        Return the keyring whose text form an environment variable holds.
+
+        Raises:
+            ConfigurationError: It is not set, or a key in it is unusable.
+        """
+        text = os.environ.get(variable)
+        if not text:
+            raise ConfigurationError(f"environment variable {variable} is not set; give it id:base64 keys")
+        return cls(_parse(text))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """
+        Return the keyring whose text form a file holds.
+
+        Raises:
+            ConfigurationError: It is not there, others may read it, or a key
+                in it is unusable.
+        """
+        try:
+            text, mode = Path(path).read_text(), Path(path).stat().st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"key file {path} cannot be read: {type(error).__name__}") from None
+        if mode & stat.S_IRWXO:
+            raise ConfigurationError(f"key file {path} is open to every user; chmod it to 600")
+        return cls(_parse(text))
+
+    def save(self, path: str | Path) -> None:
+        """Write the text form, secrets included, to a new file that only its owner may read."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self.export_secret_text())
+
+    def export_secret_text(self) -> str:
+        """Return the text form, secrets included: for a secret store, and for nothing else."""
+        return "".join(f"{i}:{base64.b64encode(key).decode()}\n" for i, key in self._keys.items())
+
+    @property
+    def primary_id(self) -> str:
+        """Id of the key that wraps."""
+        return next(iter(self._keys))
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """Ids of all keys, the primary one first."""
+        return tuple(self._keys)
+
+    def with_primary(self, key_id: str, key: bytes | None = None) -> "Keyring":
+        """Return a keyring with this key, new and random unless given, in front of the others."""
+        fresh = AESGCM.generate_key(bit_length=256) if key is None else key
+        return Keyring([(key_id, fresh), *self._keys.items()])
+
+    def wrap(self, plaintext: bytes, *, associated_data: bytes) -> bytes:
+        """Return a secret encrypted under the primary key, bound to `associated_data`."""
+        key_id = self.primary_id
+        header = bytes([1, len(key_id)]) + key_id.encode()
+        nonce = os.urandom(_NONCE_BYTES)
+        cipher = self._ciphers[key_id]
+        return header + nonce + cipher.encrypt(nonce, plaintext, header + associated_data)
+
+    def unwrap(self, wrapped: bytes, *, associated_data: bytes) -> bytes:
+        """
+        Return the secret that `wrap` encrypted.
+
+        Raises:
+            UnknownKeyError: No key has the id it was wrapped under.
+            SealError: It was changed, or belongs elsewhere.
+        """
+        wrapped = bytes(wrapped)
+        end = 2 + wrapped[1] if len(wrapped) > 1 else 0
+        if wrapped[:1] != b"\x01" or len(wrapped) < end + _NONCE_BYTES:
+            raise SealError(_REFUSED)
+        header, nonce, body = wrapped[:end], wrapped[end : end + _NONCE_BYTES], wrapped[end + _NONCE_BYTES :]
+        try:
+            return self._cipher(header[2:]).decrypt(nonce, body, header + associated_data)
+        except InvalidTag:
+            raise SealError(_REFUSED) from None
+
+    def _cipher(self, raw_id: bytes) -> AESGCM:
+        key_id = raw_id.decode("ascii", "replace")
+        if not _ID.fullmatch(key_id):
+            raise SealError(_REFUSED)
+        if key_id not in self._ciphers:
+            raise UnknownKeyError(
+                f"the keyring has no key {key_id!r}, under which this data was sealed; it has"
+                f" {', '.join(self.key_ids)}. Nothing was changed. Add that key behind the primary one."
+            )
+        return self._ciphers[key_id]
+
+    def __repr__(self) -> str:
+        return f"Keyring(primary={self.primary_id!r}, keys={len(self._keys)})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Keyring holds secrets and cannot be copied or pickled")
+
+
+def _refuse_unusable(key_id: str, key: bytes) -> None:
+    if not _ID.fullmatch(key_id):
+        raise ConfigurationError("a key id must be 1 to 32 letters, digits, '_' or '-'")
+    if len(key) != _KEY_BYTES:
+        raise ConfigurationError(f"key {key_id!r} has {len(key)} bytes and must have {_KEY_BYTES}")
+    if len(set(key)) == 1:
+        raise ConfigurationError(f"key {key_id!r} is one byte repeated; generate a random one")
+
+
+def _parse(text: str) -> list[tuple[str, bytes]]:
+    keys = []
+    for item in re.split(r"[,\s]+", text.strip()):
+        key_id, separator, encoded = item.partition(":")
+        if not separator:
+            raise ConfigurationError("a key must be written as id:base64, with a base64 of 32 bytes")
+        try:
+            keys.append((key_id, base64.b64decode(encoded, validate=True)))
+        except binascii.Error:
+            raise ConfigurationError(f"key {key_id[:32]!r} is not valid base64") from None
+    return keys

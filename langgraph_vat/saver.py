@@ -1,0 +1,550 @@
+"""LangGraph's checkpoint saver over the two tiers: each method pair is one operation."""
+
+import asyncio
+import copy
+import secrets
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import (
+    BaseCheckpointSaver,
+    ChannelVersions,
+    Checkpoint,
+    CheckpointMetadata,
+    CheckpointTuple,
+    DeltaChannelHistory,
+    get_checkpoint_metadata,
+)
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_vat._io.connections import Connections
+from langgraph_vat._io.driver import drive
+from langgraph_vat._io.protocols import Backend
+from langgraph_vat._lifecycle import Lifecycle
+from langgraph_vat._ops import history, hot, retention
+from langgraph_vat._ops.address import View, check, check_channels, check_run_ids
+from langgraph_vat._ops.flush import flush, overdue
+from langgraph_vat._ops.schema import setup_checkpoints
+from langgraph_vat._ops.shared import Counters
+from langgraph_vat._ops.tiers import refresh
+from langgraph_vat._ops.values import address, to_tuple
+from langgraph_vat.errors import InvalidInputError
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.serde import EncryptedSerializer
+from langgraph_vat.settings import Settings
+
+
+class HybridSaver(BaseCheckpointSaver[str]):
+    """
+    A checkpointer: hot in Redis, durable in Postgres.
+
+    One object serves ``invoke`` and ``ainvoke``, from any thread and any
+    event loop, and may be made anywhere; it connects when it is first used.
+
+    What is acknowledged is kept. With ``flush_every=1`` it is committed in
+    Postgres when `put` returns. With ``flush_every=N`` it is in Redis and in
+    this process, so that either may be lost, and in Postgres after N
+    super-steps or ``flush_after`` seconds. Without Redis every write is
+    committed when it returns.
+
+    Args:
+        connections: The addresses of the two tiers.
+        settings: Limits and times.
+        keyring: Seals every channel value, write and metadata with
+            AES-256-GCM; None leaves them as LangGraph's serializer writes them.
+        serde: Serializer of values. An `EncryptedSerializer` brings its keyring.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        settings: Settings | None = None,
+        keyring: Keyring | None = None,
+        serde: SerializerProtocol | None = None,
+    ) -> None:
+        super().__init__(serde=serde)
+        if isinstance(serde, EncryptedSerializer):
+            keyring = keyring or serde.keyring
+        self._life = Lifecycle(connections, settings or Settings(), keyring)
+        self._shared = self._life.shared
+        self._view = View(None)
+
+    @classmethod
+    def from_conn_string(
+        cls,
+        postgres: str,
+        *,
+        redis: str | None = None,
+        schema: str | None = None,
+        keyring: Keyring | None = None,
+        serde: SerializerProtocol | None = None,
+        **settings: Any,
+    ) -> Self:
+        """
+        Return a saver that connects by itself.
+
+        Use it in ``with`` or ``async with``, which set up the schema and close
+        it, or call `setup` and `close`.
+
+        Args:
+            postgres: Connection string or URL.
+            redis: URL; None for Postgres alone.
+            schema: Postgres schema of the tables.
+            keyring: Seals everything a user typed.
+            serde: Serializer of values.
+            **settings: Fields of `Settings`, such as ``flush_every``.
+
+        Raises:
+            ConfigurationError: An argument cannot work.
+        """
+        tuned = Settings(**settings)
+        connections = Connections(postgres, redis, tuned, schema)
+        return cls(connections, settings=tuned, keyring=keyring, serde=serde)
+
+    # --- lifecycle -------------------------------------------------------
+
+    def setup(self) -> None:
+        """
+        Create or migrate the tables, and check that the tiers belong together.
+
+        Safe to call in many processes at once, and again.
+
+        Raises:
+            SchemaError: The schema cannot be brought up to date.
+            ConfigurationError: Redis and Postgres belong to different pairs.
+            UnavailableError: A tier does not answer.
+        """
+        drive(self._setup(self._life.connections.blocking()))
+
+    async def asetup(self) -> None:
+        """Like `setup`."""
+        await self._setup(await self._life.connections.asyncio())
+
+    async def _setup(self, backend: Backend) -> None:
+        await setup_checkpoints(backend)
+        await refresh(self._shared, backend)
+
+    def flush(self) -> None:
+        """Move every dirty thread's journal to Postgres, other processes' too."""
+        drive(self._flush(self._life.blocking()))
+
+    async def aflush(self) -> None:
+        """Like `flush`."""
+        await self._flush(await self._life.asyncio())
+
+    async def _flush(self, backend: Backend) -> None:
+        await flush(
+            self._shared, backend, await overdue(self._shared, backend, own_s=0, any_s=0)
+        )
+
+    def close(self) -> None:
+        """Flush what this process holds and close its connections. May be called again."""
+        self._life.close()
+        self._life.connections.close()
+
+    async def aclose(self) -> None:
+        """Like `close`, with the connections of the running event loop."""
+        await asyncio.to_thread(self._life.close)
+        await self._life.connections.aclose()
+
+    def __enter__(self) -> Self:
+        self.setup()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        await self.asetup()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    # --- views -----------------------------------------------------------
+
+    @property
+    def stats(self) -> Counters:
+        """How the tiers were used by this process so far."""
+        return self._shared.counters
+
+    def scoped(self, tenant: str) -> Self:
+        """
+        Return a view that can neither read, list, write nor delete outside `tenant`.
+
+        It shares connections and everything else with this saver.
+
+        Raises:
+            InvalidInputError: The tenant's name cannot be stored.
+        """
+        view = copy.copy(self)
+        view._view = View(tenant)
+        return view
+
+    def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> BaseCheckpointSaver[str]:
+        """Return a clone whose serializer admits more types; it shares all state."""
+        if not isinstance(self.serde, EncryptedSerializer):
+            return super().with_allowlist(extra_allowlist)
+        serde = self.serde.with_msgpack_allowlist(extra_allowlist)
+        if serde is self.serde:
+            return self
+        clone = copy.copy(self)
+        clone.serde = serde
+        return clone
+
+    # --- put -------------------------------------------------------------
+
+    def put(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """
+        Store a checkpoint; `new_versions` names the channels whose value is new.
+
+        Raises:
+            InvalidInputError: An id cannot be stored; nothing was.
+            ThreadDeletedError: Its parent belongs to a deleted thread.
+            UnavailableError: It may be stored or not; repeat it.
+        """
+        return drive(self._put(self._life.blocking(), config, checkpoint, metadata, new_versions))
+
+    async def aput(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Like `put`."""
+        backend = await self._life.asyncio()
+        return await self._put(backend, config, checkpoint, metadata, new_versions)
+
+    async def _put(
+        self,
+        backend: Backend,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        stored, namespace, parent_id = self._where(config)
+        check("checkpoint_id", checkpoint["id"])
+        check_channels(checkpoint["channel_versions"])
+        check_channels(new_versions)
+        known = get_checkpoint_metadata(config, metadata)
+        check("run_id", str(known.get("run_id", "")), may_be_empty=True)
+        new = hot.Put(
+            thread_id=stored,
+            checkpoint_ns=namespace,
+            parent_id=parent_id,
+            checkpoint=checkpoint,
+            metadata=known,
+            new_versions=new_versions,
+        )
+        await hot.put(self._shared, backend, self.serde, new)
+        return address(self._view.shown(stored), namespace, checkpoint["id"])
+
+    def put_writes(
+        self,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str = "",
+    ) -> None:
+        """
+        Store a task's writes of a checkpoint.
+
+        Raises:
+            InvalidInputError: An id cannot be stored; nothing was.
+            ThreadDeletedError: The thread was deleted since this process used it.
+            UnavailableError: They may be stored or not; repeat it.
+        """
+        drive(self._put_writes(self._life.blocking(), config, writes, task_id, task_path))
+
+    async def aput_writes(
+        self,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str = "",
+    ) -> None:
+        """Like `put_writes`."""
+        backend = await self._life.asyncio()
+        await self._put_writes(backend, config, writes, task_id, task_path)
+
+    async def _put_writes(
+        self,
+        backend: Backend,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str,
+    ) -> None:
+        stored, namespace, checkpoint_id = self._where(config)
+        check("checkpoint_id", checkpoint_id or None)
+        for channel, _ in writes:
+            check("channel name", channel)
+        new = hot.PutWrites(
+            thread_id=stored,
+            checkpoint_ns=namespace,
+            checkpoint_id=checkpoint_id,
+            run_id=_run_id(config),
+            writes=writes,
+            task_id=check("task_id", task_id),
+            task_path=check("task_path", task_path, may_be_empty=True),
+        )
+        if writes:
+            await hot.put_writes(self._shared, backend, self.serde, new)
+
+    # --- get -------------------------------------------------------------
+
+    def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """
+        Return the checkpoint that `config` names, or the newest of its namespace.
+
+        Raises:
+            InvalidInputError: An id could never have been stored.
+            SealError: It was changed, moved, or sealed under a key not here.
+            UnavailableError: The newest is not known for sure without Postgres.
+        """
+        return drive(self._get_tuple(self._life.blocking(), config))
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """Like `get_tuple`."""
+        return await self._get_tuple(await self._life.asyncio(), config)
+
+    async def _get_tuple(self, backend: Backend, config: RunnableConfig) -> CheckpointTuple | None:
+        stored, namespace, checkpoint_id = self._where(config)
+        if checkpoint_id:
+            found = await history.get_one(self._shared, backend, stored, namespace, checkpoint_id)
+        else:
+            found = await hot.get_latest(self._shared, backend, self.serde, stored, namespace)
+        if found is None:
+            return None
+        snapshot, known = found
+        return to_tuple(snapshot, known.codec(self.serde, stored), self._view.shown(stored))
+
+    def list(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> Iterator[CheckpointTuple]:
+        """
+        Return checkpoints, newest first across threads and namespaces.
+
+        Pages are read as they are needed; no connection is held in between.
+
+        Args:
+            config: Thread, namespace and id to list; None for all threads.
+            filter: Metadata that must be equal, key by key.
+            before: Only checkpoints with a smaller id than this one's.
+            limit: Most checkpoints to return.
+        """
+        listing = self._listing(config, filter, before)
+        cursor, left = None, limit
+        while left is None or left > 0:
+            page = history.page(
+                self._shared, self._life.blocking(), self.serde, listing, cursor, left
+            )
+            found, cursor = drive(page)
+            shown = [self._shown(*pair) for pair in found[:left]]
+            yield from shown
+            left = None if left is None else left - len(shown)
+            if cursor is None:
+                return
+
+    async def alist(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[CheckpointTuple]:
+        """Like `list`."""
+        listing = self._listing(config, filter, before)
+        cursor, left = None, limit
+        while left is None or left > 0:
+            backend = await self._life.asyncio()
+            page = history.page(self._shared, backend, self.serde, listing, cursor, left)
+            found, cursor = await page
+            shown = [self._shown(*pair) for pair in found[:left]]
+            for one in shown:
+                yield one
+            left = None if left is None else left - len(shown)
+            if cursor is None:
+                return
+
+    def get_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """Return each channel's writes since its nearest stored value, and that value as its seed."""
+        return drive(self._delta_history(self._life.blocking(), config, channels))
+
+    async def aget_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """Like `get_delta_channel_history`."""
+        return await self._delta_history(await self._life.asyncio(), config, channels)
+
+    async def _delta_history(
+        self, backend: Backend, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        if not channels:
+            return {}
+        stored, namespace, checkpoint_id = self._where(config)
+        if not checkpoint_id:
+            latest = await hot.get_latest(self._shared, backend, self.serde, stored, namespace)
+            if latest is None:
+                return {channel: {"writes": []} for channel in channels}
+            checkpoint_id = latest[0].checkpoint_id
+        return await history.delta_history(
+            self._shared, backend, self.serde, stored, namespace, checkpoint_id, channels
+        )
+
+    # --- retention -------------------------------------------------------
+
+    def delete_thread(self, thread_id: str) -> None:
+        """Delete a thread. When this returns nothing brings it back, in either tier."""
+        drive(self._delete_thread(self._life.blocking(), thread_id))
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        """Like `delete_thread`."""
+        await self._delete_thread(await self._life.asyncio(), thread_id)
+
+    async def _delete_thread(self, backend: Backend, thread_id: str) -> None:
+        await retention.delete_thread(self._shared, backend, self._view.stored(thread_id))
+
+    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Delete the checkpoints and writes of runs, wherever they are."""
+        drive(self._delete_for_runs(self._life.blocking(), run_ids))
+
+    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Like `delete_for_runs`."""
+        await self._delete_for_runs(await self._life.asyncio(), run_ids)
+
+    async def _delete_for_runs(self, backend: Backend, run_ids: Sequence[str]) -> None:
+        checked = check_run_ids(run_ids)
+        if checked:
+            view = self._view
+            await retention.delete_for_runs(
+                self._shared, backend, checked, prefix=view.prefix, is_scoped=view.is_scoped
+            )
+
+    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """
+        Copy a thread with its whole history.
+
+        Raises:
+            InvalidInputError: There is no such source, or the target is not empty.
+        """
+        drive(self._copy_thread(self._life.blocking(), source_thread_id, target_thread_id))
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Like `copy_thread`."""
+        await self._copy_thread(await self._life.asyncio(), source_thread_id, target_thread_id)
+
+    async def _copy_thread(self, backend: Backend, source: str, target: str) -> None:
+        ids = self._view.stored(source), self._view.stored(target)
+        await retention.copy_thread(self._shared, backend, self.serde, *ids)
+
+    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """
+        Prune threads.
+
+        Args:
+            thread_ids: The threads; those that do not exist are passed over.
+            strategy: ``keep_latest`` keeps each namespace's newest checkpoint,
+                and the ancestors from which a DeltaChannel is rebuilt;
+                ``delete`` keeps nothing.
+
+        Raises:
+            InvalidInputError: There is no such strategy.
+        """
+        drive(self._prune(self._life.blocking(), thread_ids, strategy))
+
+    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Like `prune`."""
+        await self._prune(await self._life.asyncio(), thread_ids, strategy)
+
+    async def _prune(self, backend: Backend, thread_ids: Sequence[str], strategy: str) -> None:
+        strategies = {"keep_latest": retention.keep_latest, "delete": retention.delete_thread}
+        if strategy not in strategies:
+            msg = f"strategy must be one of {sorted(strategies)}; nothing was pruned"
+            raise InvalidInputError(msg)
+        if isinstance(thread_ids, str):
+            raise InvalidInputError("thread_ids must be a sequence of thread ids, not one string")
+        for stored in [self._view.stored(thread_id) for thread_id in thread_ids]:
+            await strategies[strategy](self._shared, backend, stored)
+
+    # --- the rest --------------------------------------------------------
+
+    def get_next_version(self, current: str | int | None, channel: None = None) -> str:
+        """
+        Return a version greater than `current`, unlike any other process's.
+
+        The form is langgraph-checkpoint-postgres's. The suffix comes from the
+        system's randomness: `random` would repeat itself after a fork.
+        """
+        number = 0 if current is None else int(str(current).split(".")[0])
+        return f"{number + 1:032}.0.{secrets.randbelow(10**16):016}"
+
+    def _where(self, config: RunnableConfig) -> tuple[str, str, str]:
+        """Return stored thread id, namespace and checkpoint id ('' for none) of a config."""
+        if "configurable" not in config:
+            raise InvalidInputError("config has no 'configurable' with a thread_id in it")
+        found = config["configurable"]
+        return (
+            self._view.stored(found.get("thread_id")),
+            check("checkpoint_ns", found.get("checkpoint_ns") or "", may_be_empty=True),
+            check("checkpoint_id", found.get("checkpoint_id") or "", may_be_empty=True),
+        )
+
+    def _listing(
+        self,
+        config: RunnableConfig | None,
+        filter: Mapping[str, Any] | None,
+        before: RunnableConfig | None,
+    ) -> history.Listing:
+        found = config["configurable"] if config else {}
+        stored, namespace, checkpoint_id = self._where(config) if config else (None, None, "")
+        return history.Listing(
+            thread_id=stored,
+            checkpoint_ns=namespace if found.get("checkpoint_ns") is not None else None,
+            checkpoint_id=checkpoint_id or None,
+            before_id=before["configurable"].get("checkpoint_id") if before else None,
+            filter=filter or {},
+            prefix=self._view.prefix,
+            is_scoped=self._view.is_scoped,
+        )
+
+    def _shown(self, stored: str, found: CheckpointTuple) -> CheckpointTuple:
+        """Name the thread as the caller does."""
+        for config in (found.config, found.parent_config):
+            if config:
+                config["configurable"]["thread_id"] = self._view.shown(stored)
+        return found
+
+
+def _run_id(config: RunnableConfig) -> str:
+    metadata, configurable = config.get("metadata") or {}, config["configurable"]
+    return str(metadata.get("run_id") or configurable.get("run_id") or "")

@@ -1,0 +1,104 @@
+"""
+The encrypted serializer, for any LangGraph saver.
+
+In a saver of ours every value is bound to its place and sealed under its
+thread's own key. Another saver tells a serializer nothing about places: there
+a message is bound to its type alone, so that it cannot be read, changed,
+relabelled or replaced by plaintext, but one message can stand in for another
+sealed by the same keyring.
+
+A message is a data key wrapped by the keyring, after its length as 2 bytes,
+and what that key sealed. The data key belongs to the serializer and is made
+with it: the keyring is asked once, not once a message.
+"""
+
+import copy
+from collections.abc import Collection
+from typing import Any, Self
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+
+from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.codec import SUFFIX, Codec, PlainCodec, SealedCodec, opened_type
+from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.keyring import Keyring
+
+_WRAPPED_FOR = associated_data("data key", "serializer")
+# Data keys of other processes' serializers that one keeps open.
+_MOST_OPENED = 1024
+
+
+class EncryptedSerializer(SerializerProtocol):
+    """
+    Seals with AES-256-GCM what another serializer returns.
+
+    Args:
+        keyring: Wraps the key that seals.
+        serde: The serializer in front; LangGraph's `JsonPlusSerializer` if None.
+    """
+
+    def __init__(self, keyring: Keyring, serde: SerializerProtocol | None = None) -> None:
+        self.keyring = keyring
+        self.serde = serde if serde is not None else JsonPlusSerializer()
+        self._data_key = DataKey.generate()
+        wrapped = self._data_key.wrap(keyring, associated_data=_WRAPPED_FOR)
+        self._prefix = len(wrapped).to_bytes(2) + wrapped
+        self._opened = {wrapped: self._data_key}
+
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        """Serialize `obj` and seal it; the tag ends in ``+aes256gcm``."""
+        type_, data = self.serde.dumps_typed(obj)
+        bound = associated_data("serializer", type_)
+        return type_ + SUFFIX, self._prefix + self._data_key.seal(data, associated_data=bound)
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        """
+        Open and deserialize what `dumps_typed` returned.
+
+        Raises:
+            UnknownKeyError: The keyring lacks the key it was sealed under.
+            SealError: It was changed or relabelled, or is not sealed at all.
+        """
+        type_, message = data
+        inner = opened_type(type_)
+        length = 2 + int.from_bytes(message[:2])
+        key = self._key(bytes(message[2:length]))
+        bound = associated_data("serializer", inner)
+        return self.serde.loads_typed((inner, key.open(message[length:], associated_data=bound)))
+
+    def with_msgpack_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Self:
+        """Return a serializer that admits more types; this one if nothing changes."""
+        if not isinstance(self.serde, JsonPlusSerializer):
+            return self
+        serde = self.serde.with_msgpack_allowlist(extra_allowlist)
+        if serde is self.serde:
+            return self
+        clone = copy.copy(self)
+        clone.serde = serde
+        return clone
+
+    def _key(self, wrapped: bytes) -> DataKey:
+        key = self._opened.get(wrapped)
+        if key is None:
+            if len(self._opened) >= _MOST_OPENED:
+                self._opened = {self._prefix[2:]: self._data_key}
+            key = DataKey.unwrap(wrapped, self.keyring, associated_data=_WRAPPED_FOR)
+            self._opened[wrapped] = key
+        return key
+
+
+def codec_for(serde: SerializerProtocol, data_key: DataKey | None, *base: str) -> Codec:
+    """
+    Return the codec of one thread or store root.
+
+    Args:
+        serde: The saver's serializer. Of an `EncryptedSerializer` the one in
+            front is used: nothing is sealed twice.
+        data_key: Seals; None leaves values as `serde` writes them.
+        *base: What all its values are bound to.
+    """
+    inner = serde.serde if isinstance(serde, EncryptedSerializer) else serde
+    if data_key is None:
+        return PlainCodec(inner)
+    return SealedCodec(inner, data_key, *base)
