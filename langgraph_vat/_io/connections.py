@@ -10,8 +10,9 @@ its loop; an async generator that the loop closes when it shuts down
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 import redis
@@ -51,7 +52,8 @@ class Connections:
         self._closed = False
         self._blocking: tuple[BlockingBackend, ConnectionPool[Any], Any] | None = None
         self._asyncio: WeakKeyDictionary[
-            asyncio.AbstractEventLoop, tuple[AsyncioBackend, AsyncGenerator[None]]
+            asyncio.AbstractEventLoop,
+            asyncio.Future[tuple[AsyncioBackend, AsyncGenerator[None]]],
         ] = WeakKeyDictionary()
 
     @property
@@ -76,17 +78,19 @@ class Connections:
     async def asyncio(self) -> AsyncioBackend:
         """The backend of the running event loop, likewise."""
         loop = asyncio.get_running_loop()
-        opened = self._asyncio.get(loop)
-        if opened is None:
+        opening = self._asyncio.get(loop)
+        if opening is None:
             self._refuse_closed()
-            opened = await self._open_asyncio()
+            # No await since the look: of several tasks of this loop, one opens.
+            opening = asyncio.ensure_future(self._open_asyncio())
             with self._lock:
-                # Two tasks of this loop may have come here together: the first stays.
-                kept = self._asyncio.setdefault(loop, opened)
-            if kept is not opened:
-                await opened[1].aclose()
-            opened = kept
-        return opened[0]
+                self._asyncio[loop] = opening
+        try:
+            # Whoever gives up waiting must not take the others' connections away.
+            return (await asyncio.shield(opening))[0]
+        except UnavailableError:
+            self._asyncio.pop(loop, None)
+            raise
 
     def close(self) -> None:
         """Close the blocking connections. Those of event loops close with `aclose` or their loop."""
@@ -100,9 +104,9 @@ class Connections:
 
     async def aclose(self) -> None:
         """Close the connections of the running loop, and the blocking ones."""
-        opened = self._asyncio.pop(asyncio.get_running_loop(), None)
-        if opened is not None:
-            await opened[1].aclose()
+        opening = self._asyncio.pop(asyncio.get_running_loop(), None)
+        if opening is not None:
+            await (await opening)[1].aclose()
         self.close()
 
     def _refuse_closed(self) -> None:
@@ -132,8 +136,17 @@ class Connections:
             await (await psycopg.AsyncConnection.connect(self._postgres, **self._kwargs)).close()
         except psycopg.OperationalError as error:
             raise self._no_postgres() from error
+        sockets: WeakSet[psycopg.AsyncConnection[Any]] = WeakSet()
+
+        async def remember(connection: psycopg.AsyncConnection[Any]) -> None:
+            sockets.add(connection)
+
         pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            self._postgres, kwargs=self._kwargs, open=False, **_pool_kwargs(self._settings)
+            self._postgres,
+            kwargs=self._kwargs,
+            open=False,
+            configure=remember,
+            **_pool_kwargs(self._settings),
         )
         await pool.open()
         client = None
@@ -143,7 +156,7 @@ class Connections:
             retry = redis.asyncio.retry.Retry(NoBackoff(), 1)
             client = kind.from_url(url, retry=retry, **_redis_kwargs(self._settings))
         hot = AsyncioHot(client) if client is not None else None
-        lifetime = _until_loop_ends(pool, client)
+        lifetime = _until_loop_ends(pool, sockets, client)
         await anext(lifetime)
         return AsyncioBackend(AsyncioDurable(pool), hot), lifetime
 
@@ -156,11 +169,18 @@ class Connections:
         )
 
 
-async def _until_loop_ends(pool: AsyncConnectionPool[Any], client: Any) -> AsyncGenerator[None]:
+async def _until_loop_ends(
+    pool: AsyncConnectionPool[Any], sockets: WeakSet[psycopg.AsyncConnection[Any]], client: Any
+) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        await pool.close()
+        # A loop that shuts down has cancelled the pool's workers already; the
+        # pool then gives up before it comes to its connections.
+        with suppress(asyncio.CancelledError):
+            await pool.close()
+        for connection in list(sockets):
+            await connection.close()
         if client is not None:
             await client.aclose()
 
