@@ -40,7 +40,7 @@ $(VENV)/.base: pyproject.toml
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
-	$(PIP) --no-deps 'tokenizers>=0.20' 'safetensors>=0.4'
+	$(PIP) --no-deps 'numpy>=1.26' 'tokenizers>=0.20' 'safetensors>=0.4'
 	@touch $@
 
 # Without the sentence model the demo still runs and says what it cannot show.

@@ -24,7 +24,7 @@ from langgraph.types import Command
 
 from demo import home, inside
 from demo.agent import WISH_QUESTION, Desk, build, choose, memories
-from demo.minilm import local_embedder
+from demo.embedder import local_embedder
 from demo.reviewer import ScriptedReviewer
 from demo.worker import Job, hire
 from langgraph_vat import Vat

@@ -8,7 +8,7 @@ each other by nothing else.
 from pathlib import Path
 from typing import Any
 
-from demo.minilm import local_embedder
+from demo.embedder import local_embedder
 from langgraph_vat import Keyring, Vat
 
 # Long enough that during the show only the eighth step, never the clock, flushes.

