@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
@@ -113,3 +114,8 @@ def publish(state: Review, runtime: Runtime[Desk]) -> dict[str, Any]:
 def memories(user: str) -> tuple[str, ...]:
     """Return the namespace of what is known about a person."""
     return ("people", user)
+
+
+def on_thread(name: str) -> RunnableConfig:
+    """Return the configuration that selects a conversation."""
+    return {"configurable": {"thread_id": name}}

@@ -14,7 +14,7 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 from demo import home
-from demo.agent import Desk, build
+from demo.agent import Desk, build, on_thread
 from demo.reviewer import ScriptedReviewer
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         )
         for event in graph.stream(
             job.request,
-            {"configurable": {"thread_id": job.thread}},
+            on_thread(job.thread),
             context=Desk(job.user, Path(job.root)),
             stream_mode="debug",
             durability="sync",

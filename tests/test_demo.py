@@ -9,7 +9,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import Command
 
-from demo.agent import WISH_QUESTION, Desk, build, choose, memories
+from demo.agent import WISH_QUESTION, Desk, build, choose, memories, on_thread
 from demo.embedder import Trigrams
 from demo.reviewer import ScriptedReviewer, findings
 
@@ -87,13 +87,13 @@ def test_a_wish_is_asked_for_once_kept_and_used_in_the_next_thread(tmp_path):
     graph = build(ScriptedReviewer()).compile(checkpointer=InMemorySaver(), store=store)
     desk = Desk("ada", tmp_path)
 
-    first = thread("monday")
+    first = on_thread("monday")
     asked = graph.invoke(request(), first, context=desk)
     assert asked["__interrupt__"][0].value == "2 file(s) reviewed. Publish?"
     graph.invoke(Command(resume=f"Yes. From now on: {WISH}"), first, context=desk)
     assert store.get(memories("ada"), "form-of-feedback").value == {"text": WISH}
 
-    later = graph.invoke(request(), thread("friday"), context=desk)
+    later = graph.invoke(request(), on_thread("friday"), context=desk)
     assert later["wish"] == WISH
     assert all("I have read" not in remark for remark in later["remarks"])
     assert all("I have read" in remark for remark in asked["remarks"])
@@ -106,16 +106,12 @@ def test_what_is_not_near_the_question_is_no_wish(tmp_path):
     store = InMemoryStore(index=embed)
     store.put(memories("ada"), "dog", {"text": "My dog is called Biscuit."})
     graph = build(ScriptedReviewer()).compile(checkpointer=InMemorySaver(), store=store)
-    state = graph.invoke(request(), thread("monday"), context=Desk("ada", tmp_path))
+    state = graph.invoke(request(), on_thread("monday"), context=Desk("ada", tmp_path))
     assert state["wish"] == ""
 
 
 def request():
     return {"messages": [HumanMessage("Please review this.")], "path": ".", "limit": 5}
-
-
-def thread(name):
-    return {"configurable": {"thread_id": name}}
 
 
 def dot(left, right):
