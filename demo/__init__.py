@@ -1,0 +1,1 @@
+"""A code-review agent that is killed, comes back, remembers and keeps secrets."""
