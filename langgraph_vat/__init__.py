@@ -1,0 +1,1 @@
+"""Checkpointer and store for LangGraph: hot, durable, remembered, sealed."""

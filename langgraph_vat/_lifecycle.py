@@ -67,7 +67,7 @@ class Lifecycle:
             drive(flush(self.shared, self.connections.blocking(), waiting))
         except VatError as error:
             logger.error(  # noqa: TRY400 - the type says it; a traceback may show what a user typed
-                "closing with steps of %d threads only in Redis (%s): the next process flushes them",
+                "closed with steps of %d threads in Redis only (%s): the next process flushes them",
                 len(waiting),
                 type(error).__name__,
             )

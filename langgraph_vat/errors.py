@@ -52,8 +52,10 @@ class QuarantinedError(VatError):
 
 class SealError(VatError):
     """
-    Sealed data could not be opened: it was changed, moved or truncated, it is
-    not sealed although it must be, or its key is gone.
+    Sealed data could not be opened.
+
+    It was changed, moved or truncated, it is not sealed although it must be,
+    or its key is gone.
 
     One message for every cause, so that it tells an attacker nothing.
     """

@@ -82,7 +82,9 @@ class Keyring:
         """
         text = os.environ.get(variable)
         if not text:
-            raise ConfigurationError(f"environment variable {variable} is not set; give it id:base64 keys")
+            raise ConfigurationError(
+                f"environment variable {variable} is not set; give it id:base64 keys"
+            )
         return cls(_parse(text))
 
     @classmethod
@@ -97,7 +99,9 @@ class Keyring:
         try:
             text, mode = Path(path).read_text(), Path(path).stat().st_mode
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"key file {path} cannot be read: {type(error).__name__}") from None
+            raise ConfigurationError(
+                f"key file {path} cannot be read: {type(error).__name__}"
+            ) from None
         if mode & stat.S_IRWXO:
             raise ConfigurationError(f"key file {path} is open to every user; chmod it to 600")
         return cls(_parse(text))
@@ -147,7 +151,11 @@ class Keyring:
         end = 2 + wrapped[1] if len(wrapped) > 1 else 0
         if wrapped[:1] != b"\x01" or len(wrapped) < end + _NONCE_BYTES:
             raise SealError(_REFUSED)
-        header, nonce, body = wrapped[:end], wrapped[end : end + _NONCE_BYTES], wrapped[end + _NONCE_BYTES :]
+        header, nonce, body = (
+            wrapped[:end],
+            wrapped[end : end + _NONCE_BYTES],
+            wrapped[end + _NONCE_BYTES :],
+        )
         try:
             return self._cipher(header[2:]).decrypt(nonce, body, header + associated_data)
         except InvalidTag:
@@ -185,7 +193,9 @@ def _parse(text: str) -> list[tuple[str, bytes]]:
     for item in re.split(r"[,\s]+", text.strip()):
         key_id, separator, encoded = item.partition(":")
         if not separator:
-            raise ConfigurationError("a key must be written as id:base64, with a base64 of 32 bytes")
+            raise ConfigurationError(
+                "a key must be written as id:base64, with a base64 of 32 bytes"
+            )
         try:
             keys.append((key_id, base64.b64decode(encoded, validate=True)))
         except binascii.Error:

@@ -136,9 +136,7 @@ class HybridSaver(BaseCheckpointSaver[str]):
         await self._flush(await self._life.asyncio())
 
     async def _flush(self, backend: Backend) -> None:
-        await flush(
-            self._shared, backend, await overdue(self._shared, backend, own_s=0, any_s=0)
-        )
+        await flush(self._shared, backend, await overdue(self._shared, backend, own_s=0, any_s=0))
 
     def close(self) -> None:
         """Flush what this process holds and close its connections. May be called again."""
@@ -191,10 +189,12 @@ class HybridSaver(BaseCheckpointSaver[str]):
             InvalidInputError: The tenant's name cannot be stored.
         """
         view = copy.copy(self)
-        view._view = View(tenant)
+        view._view = View(tenant)  # noqa: SLF001 - a copy of this very object
         return view
 
-    def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> BaseCheckpointSaver[str]:
+    def with_allowlist(
+        self, extra_allowlist: Collection[tuple[str, ...]]
+    ) -> BaseCheckpointSaver[str]:
         """Return a clone whose serializer admits more types; it shares all state."""
         if not isinstance(self.serde, EncryptedSerializer):
             return super().with_allowlist(extra_allowlist)
@@ -498,7 +498,7 @@ class HybridSaver(BaseCheckpointSaver[str]):
 
     # --- the rest --------------------------------------------------------
 
-    def get_next_version(self, current: str | int | None, channel: None = None) -> str:
+    def get_next_version(self, current: str | int | None, channel: None = None) -> str:  # noqa: ARG002 - LangGraph still passes it
         """
         Return a version greater than `current`, unlike any other process's.
 

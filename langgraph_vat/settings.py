@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from langgraph_vat.errors import ConfigurationError
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigurationError(message)
 

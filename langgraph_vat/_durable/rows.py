@@ -8,7 +8,9 @@ from langgraph_vat._records import Blob, Snapshot, Write
 
 def to_snapshot(row: Sequence[Any]) -> Snapshot:
     """Return the record of a row that one of the snapshot statements selected."""
-    thread_id, ns, checkpoint_id, parent_id, stored, metadata, exact_type, exact, blobs, writes = row
+    thread_id, ns, checkpoint_id, parent_id, stored, metadata, exact_type, exact, blobs, writes = (
+        row
+    )
     checkpoint = dict(stored)
     inline = checkpoint.pop("channel_values", None) or {}
     found = tuple(
@@ -39,7 +41,4 @@ def columns(rows: Sequence[Sequence[Any]], *names: str) -> dict[str, list[Any]]:
     """Turn rows into one array a column, the form `unnest` takes."""
     if not rows:
         return {name: [] for name in names}
-    return {
-        name: list(column)
-        for name, column in zip(names, zip(*rows, strict=True), strict=True)
-    }
+    return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

@@ -44,7 +44,9 @@ def writes_pairs(entry: WritesEntry) -> tuple[Pairs, Pairs]:
 
 def needs_pairs(entry: PutEntry) -> Pairs:
     """Return the head fields that a delta relies on."""
-    return [part for channel, version in entry.needs for part in (_version(channel), version.encode())]
+    return [
+        part for channel, version in entry.needs for part in (_version(channel), version.encode())
+    ]
 
 
 def head_pairs(snapshot: Snapshot, fence: Fence, core: Core) -> Pairs:

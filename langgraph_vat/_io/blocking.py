@@ -10,7 +10,7 @@ from langchain_core.embeddings import Embeddings
 from psycopg_pool import ConnectionPool
 
 from langgraph_vat._io.mapping import is_repeatable, map_postgres, map_redis
-from langgraph_vat._io.protocols import Params, Query, Row, Script, Session
+from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
 
 T = TypeVar("T")
 Connection = psycopg.Connection[Row]
@@ -69,9 +69,7 @@ class BlockingHot:
     def __init__(self, client: "redis.Redis | redis.RedisCluster") -> None:
         self._client: Any = client
 
-    async def script(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
-    ) -> Any:
+    async def script(self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]) -> Any:
         with map_redis():
             try:
                 return self._client.evalsha(script.sha1, len(keys), *keys, *args)
@@ -79,13 +77,16 @@ class BlockingHot:
                 return self._client.eval(script.source, len(keys), *keys, *args)
 
     async def script_each(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+        self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]
     ) -> list[Any]:
         with map_redis():
+            # By its digest where Redis has it: the source once, not once a key.
+            first, *others = keys
+            answers = [await self.script(script, [first], args)]
             pipeline = self._client.pipeline(transaction=False)
-            for key in keys:
-                pipeline.eval(script.source, 1, key, *args)
-            return list(pipeline.execute())
+            for key in others:
+                pipeline.evalsha(script.sha1, 1, key, *args)
+            return answers + list(pipeline.execute())
 
 
 class BlockingBackend:

@@ -93,7 +93,7 @@ class Connections:
             raise
 
     def close(self) -> None:
-        """Close the blocking connections. Those of event loops close with `aclose` or their loop."""
+        """Close the blocking connections; an event loop's close with `aclose` or with it."""
         with self._lock:
             self._closed = True
             opened, self._blocking = self._blocking, None
@@ -111,7 +111,9 @@ class Connections:
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            msg = "this saver or store was closed; make a new one, or use it inside its `with` block"
+            msg = (
+                "this saver or store was closed; make a new one, or use it inside its `with` block"
+            )
             raise ConfigurationError(msg)
 
     def _open_blocking(self) -> tuple[BlockingBackend, ConnectionPool[Any], Any]:
@@ -189,7 +191,9 @@ def _connection_kwargs(postgres: str, settings: Settings, schema: str | None) ->
     try:
         given = conninfo_to_dict(postgres)
     except psycopg.ProgrammingError as error:
-        msg = "the Postgres connection string cannot be read; write postgresql://user@host:port/name"
+        msg = (
+            "the Postgres connection string cannot be read; write postgresql://user@host:port/name"
+        )
         raise ConfigurationError(msg) from error
     kwargs: dict[str, Any] = {
         "autocommit": True,

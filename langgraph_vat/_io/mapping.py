@@ -35,7 +35,7 @@ def map_postgres() -> Iterator[None]:
         yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
         msg = (
-            f"Postgres has no schema for this version of langgraph-vat ({error.diag.message_primary})."
+            f"Postgres lacks this version's tables ({error.diag.message_primary})."
             " Nothing was written. Run setup() once, with a role that may create tables."
         )
         raise SchemaError(msg) from error

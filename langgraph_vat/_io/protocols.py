@@ -20,6 +20,7 @@ T = TypeVar("T")
 Query: TypeAlias = LiteralString | sql.SQL | sql.Composed
 Params: TypeAlias = Sequence[Any] | Mapping[str, Any] | None
 Row: TypeAlias = tuple[Any, ...]
+Arg: TypeAlias = bytes | int | str
 
 
 class HotTierError(Exception):
@@ -82,9 +83,7 @@ class Durable(Protocol):
 class Hot(Protocol):
     """Redis."""
 
-    async def script(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
-    ) -> Any:
+    async def script(self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]) -> Any:
         """
         Run `script` atomically and return its reply: int, bytes or lists of them.
 
@@ -97,7 +96,7 @@ class Hot(Protocol):
         ...
 
     async def script_each(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int | str]
+        self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]
     ) -> list[Any]:
         """Run `script` once for each of `keys`, in one round trip to each server."""
         ...
@@ -106,8 +105,15 @@ class Hot(Protocol):
 class Backend(Protocol):
     """Both tiers in one colour, with the few other things that differ by colour."""
 
-    durable: Durable
-    hot: Hot | None
+    @property
+    def durable(self) -> Durable:
+        """The durable tier."""
+        ...
+
+    @property
+    def hot(self) -> Hot | None:
+        """The hot tier, if there is one."""
+        ...
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""

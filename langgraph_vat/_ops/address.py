@@ -38,10 +38,13 @@ def check(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     """
     most = _MOST_BYTES[name]
     if value is None:
-        raise InvalidInputError(f"{name} is missing from config['configurable']; nothing was written")
+        raise InvalidInputError(
+            f"{name} is missing from config['configurable']; nothing was written"
+        )
     if not isinstance(value, str):
         raise InvalidInputError(
-            f"{name} must be a string, not {type(value).__name__}; nothing was written. Pass str(...)"
+            f"{name} must be a string, not {type(value).__name__}; nothing was written."
+            " Pass str(...)"
         )
     if not value and not may_be_empty:
         raise InvalidInputError(f"{name} must not be empty; nothing was written")

@@ -15,6 +15,7 @@ with what follows it in its thread; it stays in the journal.
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import psycopg
 
@@ -22,7 +23,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
-from langgraph_vat._io.protocols import Backend, HotTierError, Session
+from langgraph_vat._io.protocols import Arg, Backend, HotTierError, Session
 from langgraph_vat._ops.shared import Shared
 from langgraph_vat._records import Entry, Fence, PutEntry, WritesEntry
 from langgraph_vat.errors import QuarantinedError
@@ -191,6 +192,10 @@ async def _write(session: Session, fences: dict[str, Fence], batches: list[_Batc
         await session.execute(sql.TOUCH_THREADS, {"threads": list(wanted)})
 
 
+# Rows to insert, by their primary keys.
+_Values = dict[tuple[Any, ...], tuple[Any, ...]]
+
+
 @dataclass(slots=True)
 class _Checks:
     """What Postgres said about a batch under the lock."""
@@ -258,7 +263,9 @@ def _satisfied(
         if lacks:
             logger.error(
                 "checkpoint %s of thread %r waits for %d values that are in neither tier",
-                entry.checkpoint_id, batch.thread_id, len(lacks),
+                entry.checkpoint_id,
+                batch.thread_id,
+                len(lacks),
             )
             batch.held.update(e.uid for e in entries[position:])
             return entries[:position]
@@ -271,7 +278,16 @@ async def _insert(session: Session, pairs: list[tuple[str, Entry]]) -> None:
     checkpoints = {
         (t, e.checkpoint_ns, e.checkpoint_id): (e.parent_id, *_core_columns(e)) for t, e in puts
     }
-    names = ("threads", "namespaces", "ids", "parents", "checkpoints", "metadata", "types", "exacts")
+    names = (
+        "threads",
+        "namespaces",
+        "ids",
+        "parents",
+        "checkpoints",
+        "metadata",
+        "types",
+        "exacts",
+    )
     if checkpoints:
         rows = [(*key, *value) for key, value in checkpoints.items()]
         await session.execute(sql.INSERT_CHECKPOINTS, columns(rows, *names))
@@ -285,7 +301,8 @@ def _core_columns(entry: PutEntry) -> tuple[str, str, str, bytes | None]:
 
 
 async def _insert_blobs(session: Session, puts: list[tuple[str, PutEntry]]) -> None:
-    new, kept = {}, {}
+    new: _Values = {}
+    kept: _Values = {}
     for thread_id, entry in puts:
         for blob in entry.blobs:
             if blob.data is None:
@@ -301,7 +318,8 @@ async def _insert_blobs(session: Session, puts: list[tuple[str, PutEntry]]) -> N
 
 
 async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> None:
-    first, last = {}, {}
+    first: _Values = {}
+    last: _Values = {}
     for thread_id, entry in pairs:
         for write in entry.writes if isinstance(entry, WritesEntry) else ():
             key = (thread_id, entry.checkpoint_ns, entry.checkpoint_id, write.task_id, write.idx)
@@ -311,7 +329,15 @@ async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> No
             else:
                 first.setdefault(key, value)
     names = (
-        "threads", "namespaces", "ids", "tasks", "idxs", "paths", "channels", "types", "blobs",
+        "threads",
+        "namespaces",
+        "ids",
+        "tasks",
+        "idxs",
+        "paths",
+        "channels",
+        "types",
+        "blobs",
     )
     for statement, some in ((sql.INSERT_FIRST_WRITES, first), (sql.INSERT_LAST_WRITES, last)):
         if some:
@@ -329,7 +355,12 @@ async def _trim(shared: Shared, backend: Backend, batch: _Batch) -> None:
     try:
         if done:
             steps = sum(isinstance(entry, PutEntry) for _, entry in done)
-            args = [thread_id, steps, shared.settings.head_ttl_s, *(entry_id for entry_id, _ in done)]
+            args: list[Arg] = [
+                thread_id,
+                steps,
+                shared.settings.head_ttl_s,
+                *(entry_id for entry_id, _ in done),
+            ]
             await backend.hot.script(scripts.TRIM, [meta, journal, keys.dirty(thread_id)], args)
         if past := {entry.checkpoint_ns for entry in batch.only_copies}:
             heads = [keys.head(thread_id, ns) for ns in sorted(past)]

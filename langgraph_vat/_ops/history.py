@@ -97,10 +97,11 @@ async def page(
     most: int | None,
 ) -> tuple[list[tuple[str, CheckpointTuple]], Cursor | None]:
     """
-    Return one page of a list, newest first across threads and namespaces, and where the next begins.
+    Return one page of a list, newest first across threads and namespaces.
 
     Returns:
-        Pairs of stored thread id and checkpoint; and None after the last page.
+        Pairs of stored thread id and checkpoint; and where the next page begins,
+        None after the last.
     """
     if cursor is None:
         await flush_waiting(shared, backend, listing.thread_id)
@@ -130,7 +131,9 @@ def _page_params(
     visible = {
         key: value
         for key, value in listing.filter.items()
-        if is_plain(value) and is_plain(key) and (shared.keyring is None or key in READABLE_METADATA)
+        if is_plain(value)
+        and is_plain(key)
+        and (shared.keyring is None or key in READABLE_METADATA)
     }
     return {
         "thread": listing.thread_id,
@@ -156,7 +159,7 @@ async def delta_history(
     checkpoint_id: str,
     channels: Sequence[str],
 ) -> Mapping[str, DeltaChannelHistory]:
-    """Return, for each channel, the writes since the nearest ancestor that stores its value, and that value."""
+    """Return each channel's writes since its nearest stored value, and that value as seed."""
     await flush_waiting(shared, backend, thread_id)
     known = await _known(shared, backend, thread_id)
     params = {

@@ -29,7 +29,7 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import Head, needs_pairs, pack_core, put_pairs, writes_pairs
-from langgraph_vat._io.protocols import Backend, Hot, HotTierError
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.flush import commit, flush
 from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
@@ -176,7 +176,12 @@ async def get_latest(
 
 
 async def read_head(
-    shared: Shared, backend: Backend, hot: Hot, thread_id: str, checkpoint_ns: str, checkpoint_id: str
+    shared: Shared,
+    backend: Backend,
+    hot: Hot,
+    thread_id: str,
+    checkpoint_ns: str,
+    checkpoint_id: str,
 ) -> tuple[bytes, tuple[Snapshot, Known] | None]:
     """
     Look at a head: the newest checkpoint, or the one with an id if it is the newest.
@@ -261,7 +266,7 @@ def _put_call(entry: PutEntry, mode: str) -> Call:
         core = pack_core(entry.core)
         size = len(core) + sum(map(len, both))
         fitting = "headless" if size > shared.settings.max_head_bytes else mode
-        args = [
+        args: list[Arg] = [
             thread_id, entry.fence.text, shared.epoch, fitting, shared.settings.head_ttl_s,
             entry.checkpoint_id, entry.parent_id, core, len(needs), len(own), *needs, *own, *both,
         ]  # fmt: skip
@@ -273,7 +278,7 @@ def _put_call(entry: PutEntry, mode: str) -> Call:
 def _writes_call(entry: WritesEntry) -> Call:
     async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
         own, both = writes_pairs(entry)
-        args = [
+        args: list[Arg] = [
             thread_id, entry.fence.text, shared.epoch, shared.settings.head_ttl_s,
             entry.checkpoint_id, len(own), *own, *both,
         ]  # fmt: skip

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Session
@@ -19,7 +21,6 @@ from langgraph_vat._ops.threads import change_history, find
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import InvalidInputError
-from langgraph.checkpoint.serde.base import SerializerProtocol
 
 
 async def delete_thread(shared: Shared, backend: Backend, thread_id: str) -> None:
@@ -41,7 +42,9 @@ async def keep_latest(shared: Shared, backend: Backend, thread_id: str) -> None:
     """
 
     async def body(session: Session, _: Fence) -> None:
-        for namespace, head, channels in await session.fetch(sql.SELECT_HEADS, {"thread": thread_id}):
+        for namespace, head, channels in await session.fetch(
+            sql.SELECT_HEADS, {"thread": thread_id}
+        ):
             await _keep(session, thread_id, namespace, head, channels)
         for statement in sql.COLLECT:
             await session.execute(statement, {"thread": thread_id})
@@ -104,12 +107,14 @@ async def copy_thread(
     target = await find(shared, backend, target_id, create=True)
     assert target is not None
 
-    async def body(session: Session, fence: Fence) -> None:
+    async def body(session: Session, _: Fence) -> None:
         # The source's lock after the target's may deadlock with the opposite copy;
         # Postgres then ends one of the two, and its second attempt succeeds.
         await session.fetch(sql.LOCK_THREADS, {"threads": [source_id]})
         if (await session.fetch(sql.HAS_ROWS, {"thread": target_id}))[0][0]:
-            msg = f"thread {target_id!r} already has checkpoints; nothing was copied. Delete it first"
+            msg = (
+                f"thread {target_id!r} already has checkpoints; nothing was copied. Delete it first"
+            )
             raise InvalidInputError(msg)
         for statement in sql.COPY_ROWS:
             await session.execute(statement, {"thread": source_id, "target": target_id})
@@ -131,20 +136,17 @@ async def _reseal(session: Session, thread_id: str, source: Codec, target: Codec
         (ns, channel, version, again(type_, data, "blob", ns, channel, version))
         for ns, channel, version, type_, data in await session.fetch(sql.SEALED_BLOBS, only)
     ]
-    names = ("namespaces", "channels", "versions", "blobs")
-    await session.execute(sql.RESEAL_BLOBS, {**only, **columns(blobs, *names)})
     writes = [
         (ns, cid, task, idx, again(type_, data, "write", ns, cid, task, str(idx), channel))
         for ns, cid, task, idx, channel, type_, data in await session.fetch(sql.SEALED_WRITES, only)
     ]
-    names = ("namespaces", "ids", "tasks", "idxs", "blobs")
-    await session.execute(sql.RESEAL_WRITES, {**only, **columns(writes, *names)})
     exacts = [
         (ns, cid, again(type_, data, "metadata", ns, cid))
         for ns, cid, type_, data in await session.fetch(sql.SEALED_EXACTS, only)
     ]
-    await session.execute(
-        sql.RESEAL_EXACTS, {**only, **columns(exacts, "namespaces", "ids", "blobs")}
-    )
-
-
+    for statement, rows, names in (
+        (sql.RESEAL_BLOBS, blobs, ("namespaces", "channels", "versions", "blobs")),
+        (sql.RESEAL_WRITES, writes, ("namespaces", "ids", "tasks", "idxs", "blobs")),
+        (sql.RESEAL_EXACTS, exacts, ("namespaces", "ids", "blobs")),
+    ):
+        await session.execute(statement, {**only, **columns(rows, *names)})

@@ -47,7 +47,10 @@ async def migrate(
     try:
         await backend.durable.transact(body)
     except psycopg.errors.LockNotAvailable as error:
-        holders = [f"{name} (pid {pid}, {state})" for pid, name, state in await backend.durable.fetch(blockers)]
+        holders = [
+            f"{name} (pid {pid}, {state})"
+            for pid, name, state in await backend.durable.fetch(blockers)
+        ]
         msg = (
             "the schema could not be changed within 10 s, because other sessions hold its tables:"
             f" {', '.join(holders) or 'unknown'}. Nothing was changed. End them, or try again."

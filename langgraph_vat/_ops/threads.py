@@ -25,7 +25,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import empty_head_pairs, head_pairs
-from langgraph_vat._io.protocols import Backend, Hot, HotTierError, Session
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.tiers import degrade, hot_to_write
@@ -101,21 +101,19 @@ def _bound(thread_id: str, generation: str) -> bytes:
 def _unwrap(
     shared: Shared, thread_id: str, generation: str, wrapped: bytes | None
 ) -> DataKey | None:
-    if wrapped is None:
-        return _refuse_unsealed(thread_id) if shared.keyring is not None else None
+    if wrapped is None and shared.keyring is None:
+        return None
     if shared.keyring is None:
         msg = f"thread {thread_id!r} is sealed and this saver has no keyring; pass keyring="
         raise SealError(msg)
+    if wrapped is None:
+        msg = (
+            f"thread {thread_id!r} was written without encryption and this saver has a keyring, so"
+            " it is refused, not trusted. Copy it with an unsealed saver, or delete it."
+        )
+        raise SealError(msg)
     bound = _bound(thread_id, generation)
     return DataKey.unwrap(wrapped, shared.keyring, associated_data=bound)
-
-
-def _refuse_unsealed(thread_id: str) -> None:
-    msg = (
-        f"thread {thread_id!r} was written without encryption and this saver has a keyring, so it"
-        " is refused, not trusted. Copy it with an unsealed saver, or delete it."
-    )
-    raise SealError(msg)
 
 
 async def fill(
@@ -153,7 +151,13 @@ async def fill(
         pairs = _pairs(known, serde, thread_id, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
             return known, snapshot
-        args = [ticket, known.fence.text, shared.epoch, shared.settings.head_ttl_s, *pairs]
+        args: list[Arg] = [
+            ticket,
+            known.fence.text,
+            shared.epoch,
+            shared.settings.head_ttl_s,
+            *pairs,
+        ]
         head = keys.head(thread_id, checkpoint_ns)
         reply = await hot.script(scripts.FILL, [meta, head, journal], args)
         if reply[0] == b"ok":
@@ -164,7 +168,7 @@ async def fill(
 async def _ticket(shared: Shared, backend: Backend, hot: Hot, thread_id: str) -> bytes | None:
     """Draw a fill ticket; None while the thread is dirty."""
     pair = [shared.keys.meta(thread_id), shared.keys.journal(thread_id)]
-    args = [secrets.token_hex(8), shared.settings.head_ttl_s]
+    args: list[Arg] = [secrets.token_hex(8), shared.settings.head_ttl_s]
     reply = await hot.script(scripts.TICKET, pair, args)
     if reply[0] == b"closing":
         await settle(shared, backend, hot, thread_id, reply[1])
@@ -172,9 +176,7 @@ async def _ticket(shared: Shared, backend: Backend, hot: Hot, thread_id: str) ->
     return reply[1] if reply[0] == b"ok" else None
 
 
-async def select_latest(
-    backend: Backend, thread_id: str, checkpoint_ns: str
-) -> Snapshot | None:
+async def select_latest(backend: Backend, thread_id: str, checkpoint_ns: str) -> Snapshot | None:
     """Return the newest checkpoint of a namespace that Postgres has."""
     params = {"thread": thread_id, "namespace": checkpoint_ns}
     rows = await backend.durable.fetch(sql.SELECT_LATEST, params)
@@ -248,17 +250,11 @@ async def change_history(
         Whether there was such a thread.
     """
     while True:
-        hot = await hot_to_write(shared, backend)
         found = await _find_row(shared, backend, thread_id, create=False)
         if found is None:
             return False
         fence, _ = found
-        try:
-            if hot is not None:
-                await hot.script(scripts.CLOSE, [shared.keys.meta(thread_id)], [fence.text])
-        except HotTierError:
-            await degrade(shared, backend)
-            continue
+        hot = await _close(shared, backend, thread_id, fence)
         is_deleted = False
         try:
             if not is_deletion:
@@ -274,6 +270,19 @@ async def change_history(
             shared.threads.set(thread_id, None)
         if done:
             return True
+
+
+async def _close(shared: Shared, backend: Backend, thread_id: str, fence: Fence) -> Hot | None:
+    """Close a thread in Redis; return None where there is no Redis to be heeded."""
+    hot = await hot_to_write(shared, backend)
+    if hot is None:
+        return None
+    try:
+        await hot.script(scripts.CLOSE, [shared.keys.meta(thread_id)], [fence.text])
+    except HotTierError:
+        await degrade(shared, backend)
+        return None
+    return hot
 
 
 async def _under_lock(

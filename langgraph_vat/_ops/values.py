@@ -31,7 +31,9 @@ from langgraph_vat._seal.codec import Codec, SealedCodec
 READABLE_METADATA = frozenset(
     {"source", "step", "parents", "run_id", "counters_since_delta_snapshot"}
 )
-_CHECKPOINT_KEYS = frozenset({"v", "id", "ts", "channel_versions", "versions_seen", "updated_channels"})
+_CHECKPOINT_KEYS = frozenset(
+    {"v", "id", "ts", "channel_versions", "versions_seen", "updated_channels"}
+)
 # Beyond this a float may come back from JSON as an integer.
 _EXACT_FLOAT = 2.0**53
 _INT64 = range(-(2**63), 2**63)
@@ -46,7 +48,7 @@ def is_text(value: str) -> bool:
     return "\0" not in value
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:  # noqa: PLR0911 - one case a line
     """Whether Postgres's jsonb gives `value` back equal. A tuple counts as the list it becomes."""
     if value is None or value is True or value is False:
         return True
@@ -114,7 +116,9 @@ def encode_put(
         checkpoint_id=checkpoint["id"],
         parent_id=parent_id,
         run_id=str(metadata.get("run_id", "")),
-        core=encode_core(checkpoint, cast("Any", metadata), codec, (checkpoint_ns, checkpoint["id"])),
+        core=encode_core(
+            checkpoint, cast("Any", metadata), codec, (checkpoint_ns, checkpoint["id"])
+        ),
         blobs=tuple(
             encode_blob(codec, checkpoint_ns, channel, versions[channel], values)
             for channel in brought
@@ -132,7 +136,9 @@ def encode_blob(
     """Encode the value that `values` has for a channel, or that it has none."""
     if channel not in values:
         return Blob(channel, version, "", None)
-    return Blob(channel, version, *codec.dump(values[channel], "blob", checkpoint_ns, channel, version))
+    return Blob(
+        channel, version, *codec.dump(values[channel], "blob", checkpoint_ns, channel, version)
+    )
 
 
 def encode_writes(

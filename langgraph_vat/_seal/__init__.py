@@ -1,1 +1,1 @@
-"""Authenticated encryption: associated data, data keys, and the codec that binds a value to its place."""
+"""Authenticated encryption that binds a value to its place."""

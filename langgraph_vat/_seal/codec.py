@@ -80,7 +80,7 @@ def opened_type(type_: str) -> str:
     """
     if not type_.endswith(SUFFIX):
         raise SealError(
-            "data that must be sealed is not. It was not used: whoever can write to the database may"
+            "data that must be sealed is not. It was not used: whoever writes to the database may"
             " have put it there. Restore it, or copy old unsealed data with an unsealed saver."
         )
     return type_.removesuffix(SUFFIX)
