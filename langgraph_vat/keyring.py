@@ -168,7 +168,7 @@ class Keyring:
         if key_id not in self._ciphers:
             raise UnknownKeyError(
                 f"the keyring has no key {key_id!r}, under which this data was sealed; it has"
-                f" {', '.join(self.key_ids)}. Nothing was changed. Add that key behind the primary one."
+                f" {', '.join(self.key_ids)}. Nothing was changed. Add that key behind the primary."
             )
         return self._ciphers[key_id]
 

@@ -397,7 +397,7 @@ class HybridSaver(BaseCheckpointSaver[str]):
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
-        """Return each channel's writes since its nearest stored value, and that value as its seed."""
+        """Return each channel's writes since its nearest stored value, and that as its seed."""
         return drive(self._delta_history(self._life.blocking(), config, channels))
 
     async def aget_delta_channel_history(

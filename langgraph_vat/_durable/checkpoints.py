@@ -277,7 +277,12 @@ FROM checkpoints WHERE thread_id = %(thread)s
 ORDER BY checkpoint_ns, checkpoint_id DESC
 """
 
-SELECT_CHAIN: LiteralString = _CHAIN + "SELECT checkpoint_id FROM chain"
+SELECT_CHAIN: LiteralString = (
+    _CHAIN
+    + """
+SELECT checkpoint_id FROM chain
+"""
+)
 
 # Writes go by the checkpoints deleted: those of a checkpoint still to come stay.
 PRUNE_WRITES: LiteralString = """

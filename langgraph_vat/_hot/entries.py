@@ -21,6 +21,7 @@ twice. Fields:
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import ormsgpack
 
@@ -78,7 +79,7 @@ def unpack_core(packed: bytes) -> Core:
 def parse_entry(fields: Sequence[bytes]) -> Entry:
     """Return the entry that a journal's field list holds."""
     found = _mapping(fields)
-    where = {
+    where: dict[str, Any] = {
         "uid": found[b"u"],
         "fence": Fence.parse(found[b"f"].decode()),
         "checkpoint_ns": found[b"s"].decode(),

@@ -27,5 +27,5 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
         result: T = done.value
         return result
     coroutine.close()
-    msg = f"{coroutine.__qualname__} awaited something that is not a backend verb"
+    msg = f"{coroutine!r} awaited something that is not a backend verb"
     raise RuntimeError(msg)
