@@ -12,11 +12,25 @@ from typing import LiteralString
 
 # --- threads -------------------------------------------------------------
 
+# One row, always: the fence and data key, or whether there are rows without
+# one, which PostgresSaver wrote. Their first reader adds the fence.
 FIND_THREAD: LiteralString = """
-SELECT generation::text, history, data_key FROM vat_threads WHERE thread_id = %(thread)s
+SELECT t.generation::text, t.history, t.data_key, t.thread_id IS NULL AND (
+    EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
+    OR EXISTS (SELECT FROM checkpoint_writes WHERE thread_id = %(thread)s)
+)
+FROM (VALUES (1)) AS one
+LEFT JOIN vat_threads t ON t.thread_id = %(thread)s
 """
 
-# A thread that PostgresSaver wrote has rows but no fence yet: its first reader adds it.
+# Of two processes that add a thread at once, both get the first one's fence and key.
+ADD_THREAD: LiteralString = """
+INSERT INTO vat_threads (thread_id, generation, data_key)
+VALUES (%(thread)s, %(generation)s, %(data_key)s)
+ON CONFLICT (thread_id) DO UPDATE SET thread_id = excluded.thread_id
+RETURNING generation::text, history, data_key
+"""
+
 HAS_CHECKPOINT: LiteralString = """
 SELECT EXISTS (
     SELECT FROM checkpoints WHERE thread_id = %(thread)s
@@ -30,12 +44,6 @@ SELECT EXISTS (
 HAS_ROWS: LiteralString = """
 SELECT EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
     OR EXISTS (SELECT FROM checkpoint_writes WHERE thread_id = %(thread)s)
-"""
-
-ADD_THREAD: LiteralString = """
-INSERT INTO vat_threads (thread_id, generation, data_key)
-VALUES (%(thread)s, %(generation)s, %(data_key)s)
-ON CONFLICT (thread_id) DO NOTHING
 """
 
 # The lock that orders a thread's flushes and changes of history. Sorted, so

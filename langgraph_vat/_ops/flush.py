@@ -181,7 +181,7 @@ async def _write(session: Session, fences: dict[str, Fence], batches: list[_Batc
         batch.thread_id: [e for e in batch.entries if _same_life(e, fences.get(batch.thread_id))]
         for batch in batches
     }
-    checks = await _check(session, wanted)
+    checks = await _check(session, fences, wanted)
     for batch in batches:
         fence = fences.get(batch.thread_id)
         kept = [e for e in wanted[batch.thread_id] if not _is_history(e, fence, checks, batch)]
@@ -205,7 +205,9 @@ class _Checks:
     runs: set[str]
 
 
-async def _check(session: Session, wanted: dict[str, list[Entry]]) -> _Checks:
+async def _check(
+    session: Session, fences: dict[str, Fence], wanted: dict[str, list[Entry]]
+) -> _Checks:
     needs = {
         (thread_id, entry.checkpoint_ns, channel, version)
         for thread_id, entries in wanted.items()
@@ -214,13 +216,15 @@ async def _check(session: Session, wanted: dict[str, list[Entry]]) -> _Checks:
         for channel, version in entry.needs
     }
     runs = {entry.run_id for entries in wanted.values() for entry in entries if entry.run_id}
+    checks = _Checks(set(), {}, set())
+    if not needs and not runs and not any(fence.history for fence in fences.values()):
+        return checks  # nothing was ever pruned here: no floors
     names = ("need_threads", "need_namespaces", "need_channels", "need_versions")
     params = {
         **columns(sorted(needs), *names),
         "threads": list(wanted),
         "runs": sorted(runs),
     }
-    checks = _Checks(set(), {}, set())
     for kind, first, second, third, fourth in await session.fetch(sql.CHECK_ENTRIES, params):
         if kind == "missing":
             checks.missing.add((first, second, third, fourth))

@@ -346,9 +346,13 @@ async def _open(
     if hot is None:
         return known
     try:
-        await fill(shared, backend, hot, serde, new.thread_id, new.checkpoint_ns, create=False)
+        thread_id, namespace = new.thread_id, new.checkpoint_ns
+        present, _ = await fill(shared, backend, hot, serde, thread_id, namespace, create=False)
     except HotTierError:
         await degrade(shared, backend)
+        return known
+    if present is not None and present.fence.generation == known.fence.generation:
+        return present
     return await _renew(shared, backend, new, known)
 
 

@@ -66,32 +66,29 @@ async def find(shared: Shared, backend: Backend, thread_id: str, *, create: bool
 async def _find_row(
     shared: Shared, backend: Backend, thread_id: str, *, create: bool
 ) -> tuple[Fence, bytes | None] | None:
-    params = {"thread": thread_id}
-    found = await backend.durable.fetch(sql.FIND_THREAD, params)
-    if not found:
-        is_foreign = not create and (await backend.durable.fetch(sql.HAS_ROWS, params))[0][0]
+    found = await backend.durable.fetch(sql.FIND_THREAD, {"thread": thread_id})
+    generation, history, wrapped, is_foreign = found[0]
+    if generation is None:
         if not create and not is_foreign:
             return None
-        await _add(shared, backend, thread_id, is_sealed=not is_foreign)
-        found = await backend.durable.fetch(sql.FIND_THREAD, params)
-    if not found:
-        return None  # deleted again, this very moment
-    generation, history, wrapped = found[0]
+        generation, history, wrapped = await _add(
+            shared, backend, thread_id, is_sealed=not is_foreign
+        )
     return Fence(generation, history), wrapped
 
 
-async def _add(shared: Shared, backend: Backend, thread_id: str, *, is_sealed: bool) -> None:
+async def _add(
+    shared: Shared, backend: Backend, thread_id: str, *, is_sealed: bool
+) -> tuple[str, int, bytes | None]:
+    """Commit a fence, and a data key with it if the thread is to be sealed."""
     generation = str(uuid.uuid4())
     wrapped = None
     if is_sealed and shared.keyring is not None:
         bound = _bound(thread_id, generation)
         wrapped = DataKey.generate().wrap(shared.keyring, associated_data=bound)
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
-
-    async def body(session: Session) -> None:
-        await session.execute(sql.ADD_THREAD, params)
-
-    await backend.durable.transact(body)
+    added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
+    return added[0], added[1], added[2]
 
 
 def _bound(thread_id: str, generation: str) -> bytes:
@@ -143,9 +140,9 @@ async def fill(
         if ticket is None:
             await flush(shared, backend, [thread_id])
         known = await find(shared, backend, thread_id, create=create)
-        snapshot = await select_latest(backend, thread_id, checkpoint_ns)
         if known is None:
             return None, None
+        snapshot = await select_latest(backend, thread_id, checkpoint_ns)
         if ticket is None:
             continue
         pairs = _pairs(known, serde, thread_id, snapshot)
