@@ -312,12 +312,7 @@ def _as_user(command: Sequence[str]) -> list[str]:
         msg = "as root, setpriv (util-linux) must run Postgres as nobody; install it, or be no root"
         raise ConfigurationError(msg)
     right = "+dac_override"
-    options = [
-        f"--reuid={_USER}",
-        "--clear-groups",
-        f"--inh-caps={right}",
-        f"--ambient-caps={right}",
-    ]
+    options = [f"--reuid={_USER}", "--clear-groups", f"--inh-caps={right}"]
     return [setpriv, *options, f"--ambient-caps={right}", "--", *command]
 
 

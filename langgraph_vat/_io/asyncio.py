@@ -78,17 +78,12 @@ class AsyncioHot:
             except redis.exceptions.NoScriptError:
                 return await self._client.eval(script.source, len(keys), *keys, *args)
 
-    async def script_each(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]
-    ) -> list[Any]:
+    async def read_each(self, command: str, keys: Sequence[bytes], *args: Arg) -> list[Any]:
         with map_redis():
-            # By its digest where Redis has it: the source once, not once a key.
-            first, *others = keys
-            answers = [await self.script(script, [first], args)]
             pipeline = self._client.pipeline(transaction=False)
-            for key in others:
-                pipeline.evalsha(script.sha1, 1, key, *args)
-            return answers + list(await pipeline.execute())
+            for key in keys:
+                pipeline.execute_command(command, key, *args)
+            return list(await pipeline.execute())
 
 
 class AsyncioBackend:

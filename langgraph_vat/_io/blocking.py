@@ -76,17 +76,12 @@ class BlockingHot:
             except redis.exceptions.NoScriptError:
                 return self._client.eval(script.source, len(keys), *keys, *args)
 
-    async def script_each(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]
-    ) -> list[Any]:
+    async def read_each(self, command: str, keys: Sequence[bytes], *args: Arg) -> list[Any]:
         with map_redis():
-            # By its digest where Redis has it: the source once, not once a key.
-            first, *others = keys
-            answers = [await self.script(script, [first], args)]
             pipeline = self._client.pipeline(transaction=False)
-            for key in others:
-                pipeline.evalsha(script.sha1, 1, key, *args)
-            return answers + list(pipeline.execute())
+            for key in keys:
+                pipeline.execute_command(command, key, *args)
+            return list(pipeline.execute())
 
 
 class BlockingBackend:

@@ -95,10 +95,8 @@ class Hot(Protocol):
         """
         ...
 
-    async def script_each(
-        self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]
-    ) -> list[Any]:
-        """Run `script` once for each of `keys`, in one round trip to each server."""
+    async def read_each(self, command: str, keys: Sequence[bytes], *args: Arg) -> list[Any]:
+        """Run a command that reads once for each of `keys`, in a round trip to each server."""
         ...
 
 

@@ -108,9 +108,12 @@ async def overdue(shared: Shared, backend: Backend, *, own_s: float, any_s: floa
     """Return threads whose journal has this age, in seconds: our own, and anybody's."""
     threads = set(shared.copies.older_than(own_s))
     if backend.hot is not None and not shared.is_degraded:
-        args = [int(any_s * 1000), _MOST_THREADS]
-        for bucket in await backend.hot.script_each(scripts.OVERDUE, shared.keys.buckets, args):
-            threads.update(raw.decode() for raw in bucket)
+        redis_ms = await backend.hot.script(scripts.CLOCK, [shared.keys.identity], [])
+        latest = redis_ms - int(any_s * 1000)
+        buckets = await backend.hot.read_each(
+            "ZRANGEBYSCORE", shared.keys.buckets, "-inf", latest, "LIMIT", 0, _MOST_THREADS
+        )
+        threads.update(raw.decode() for bucket in buckets for raw in bucket)
     return sorted(threads)
 
 

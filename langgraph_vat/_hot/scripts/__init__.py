@@ -15,13 +15,13 @@ def _load(name: str) -> Script:
     return Script(name, source, sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
+CLOCK = _load("clock")
 CLOSE = _load("close")
 FILL = _load("fill")
 GET = _load("get")
 IDENTIFY = _load("identify")
 JOURNAL = _load("journal")
 LENGTH = _load("length")
-OVERDUE = _load("overdue")
 PUT = _load("put")
 PUT_WRITES = _load("put_writes")
 REOPEN = _load("reopen")
