@@ -1,1 +1,37 @@
 """Checkpointer and store for LangGraph: hot, durable, remembered, sealed."""
+
+from langgraph_vat.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    QuarantinedError,
+    SchemaError,
+    SealError,
+    ThreadDeletedError,
+    UnavailableError,
+    UnknownKeyError,
+    VatError,
+)
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.saver import HybridSaver
+from langgraph_vat.serde import EncryptedSerializer
+from langgraph_vat.settings import Settings
+from langgraph_vat.store import SemanticStore
+from langgraph_vat.vat import Vat
+
+__all__ = [
+    "ConfigurationError",
+    "EncryptedSerializer",
+    "HybridSaver",
+    "InvalidInputError",
+    "Keyring",
+    "QuarantinedError",
+    "SchemaError",
+    "SealError",
+    "SemanticStore",
+    "Settings",
+    "ThreadDeletedError",
+    "UnavailableError",
+    "UnknownKeyError",
+    "Vat",
+    "VatError",
+]

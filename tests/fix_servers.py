@@ -6,6 +6,7 @@ test gets a database of its own, copied from a template, and an empty Redis.
 Tests that kill a server start one of their own.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -129,10 +130,8 @@ class Killable:
 
     def _signal(self, number: int) -> None:
         for pid in (self._pid, *_children(self._pid)):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
 
 def _children(pid: int) -> list[int]:

@@ -1,0 +1,224 @@
+"""
+Every statement on the tables of the store.
+
+`store` and `store_vectors` are langgraph-checkpoint-postgres's, with three
+columns added: the exact value where jsonb cannot hold or may not show it, and
+the exact TTL. An item that has expired is not there, whether swept or not.
+"""
+
+from typing import LiteralString
+
+from psycopg import sql
+
+SCHEMA: tuple[LiteralString, ...] = (
+    "CREATE TABLE IF NOT EXISTS store_migrations (v INTEGER PRIMARY KEY)",
+    """
+CREATE TABLE IF NOT EXISTS store (
+    prefix TEXT COLLATE "C" NOT NULL,
+    key TEXT NOT NULL,
+    value JSONB NOT NULL,
+    created_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
+    updated_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
+    expires_at TIMESTAMPTZ,
+    ttl_minutes INT,
+    PRIMARY KEY (prefix, key)
+)""",
+    "ALTER TABLE store ADD COLUMN IF NOT EXISTS expires_at TIMESTAMPTZ",
+    "ALTER TABLE store ADD COLUMN IF NOT EXISTS ttl_minutes INT",
+    """
+CREATE INDEX IF NOT EXISTS idx_store_expires_at ON store (expires_at)
+WHERE expires_at IS NOT NULL""",
+    "INSERT INTO store_migrations (v) SELECT generate_series(0, 3) ON CONFLICT DO NOTHING",
+    """
+ALTER TABLE store
+    ADD COLUMN IF NOT EXISTS vat_type TEXT,
+    ADD COLUMN IF NOT EXISTS vat_value BYTEA,
+    ADD COLUMN IF NOT EXISTS vat_ttl DOUBLE PRECISION""",
+    "CREATE TABLE IF NOT EXISTS vat_store_keys (root TEXT PRIMARY KEY, data_key BYTEA NOT NULL)",
+)
+
+IS_CURRENT: LiteralString = """
+SELECT to_regclass('vat_store_keys') IS NOT NULL, to_regclass('store_vectors') IS NOT NULL
+"""
+
+# The type of the vectors as the table has it, such as vector(384).
+VECTOR_COLUMN: LiteralString = """
+SELECT format_type(atttypid, atttypmod) FROM pg_attribute
+WHERE attrelid = to_regclass('store_vectors') AND attname = 'embedding'
+"""
+
+BLOCKERS: LiteralString = """
+SELECT DISTINCT a.pid, coalesce(nullif(a.application_name, ''), 'unnamed'), a.state
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.relation IN (to_regclass('store'), to_regclass('store_vectors'))
+AND a.pid <> pg_backend_pid()
+"""
+
+HAS_EXTENSION: LiteralString = "SELECT FROM pg_extension WHERE extname = 'vector'"
+CREATE_EXTENSION: LiteralString = "CREATE EXTENSION IF NOT EXISTS vector"
+
+
+def vector_schema(column: str, kind: str, opclass: str, options: str) -> list[sql.Composable]:
+    """Return the statements that make the table of vectors and its index."""
+    create = sql.SQL("""
+CREATE TABLE IF NOT EXISTS store_vectors (
+    prefix TEXT NOT NULL,
+    key TEXT NOT NULL,
+    field_name TEXT NOT NULL,
+    embedding {},
+    created_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
+    updated_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
+    PRIMARY KEY (prefix, key, field_name),
+    FOREIGN KEY (prefix, key) REFERENCES store (prefix, key) ON DELETE CASCADE
+)""").format(sql.SQL(column))
+    statements: list[sql.Composable] = [
+        sql.SQL("CREATE TABLE IF NOT EXISTS vector_migrations (v INTEGER PRIMARY KEY)"),
+        create,
+    ]
+    if kind != "flat":
+        index = sql.SQL("""
+CREATE INDEX IF NOT EXISTS store_vectors_embedding_idx ON store_vectors
+USING {} (embedding {}){}""")
+        parts = (sql.SQL(part) for part in (kind, opclass, options))
+        statements.append(index.format(*parts))
+    statements.append(
+        sql.SQL("INSERT INTO vector_migrations SELECT generate_series(0, 2) ON CONFLICT DO NOTHING")
+    )
+    return statements
+
+
+FIND_KEY: LiteralString = "SELECT data_key FROM vat_store_keys WHERE root = %(root)s"
+
+# Of two processes that add a key at once, both get the first one's.
+ADD_KEY: LiteralString = """
+INSERT INTO vat_store_keys (root, data_key) VALUES (%(root)s, %(data_key)s)
+ON CONFLICT (root) DO UPDATE SET root = excluded.root RETURNING data_key
+"""
+
+_ITEM: LiteralString = """
+s.prefix, s.key, s.value, s.vat_type, s.vat_value, s.created_at, s.updated_at,
+s.vat_ttl IS NOT NULL OR s.ttl_minutes IS NOT NULL"""
+_ALIVE: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
+
+# By primary key, one lookup an item.
+GET: LiteralString = (
+    "SELECT"
+    + _ITEM
+    + """
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+JOIN store s ON s.prefix = n.prefix AND s.key = n.key
+WHERE """
+    + _ALIVE
+)
+
+REFRESH: LiteralString = """
+UPDATE store s
+SET expires_at = now() + coalesce(s.vat_ttl, s.ttl_minutes) * interval '1 minute'
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+WHERE s.prefix = n.prefix AND s.key = n.key
+AND coalesce(s.vat_ttl, s.ttl_minutes) IS NOT NULL
+"""
+
+# An item put over an expired one is new.
+PUT: LiteralString = """
+INSERT INTO store AS s (prefix, key, value, vat_type, vat_value, vat_ttl, ttl_minutes, expires_at)
+SELECT prefix, key, value::jsonb, type, exact, ttl, ceil(ttl), now() + ttl * interval '1 minute'
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(values)s::text[], %(types)s::text[],
+            %(exacts)s::bytea[], %(ttls)s::float8[])
+    AS n (prefix, key, value, type, exact, ttl)
+ON CONFLICT (prefix, key) DO UPDATE
+SET value = excluded.value, vat_type = excluded.vat_type, vat_value = excluded.vat_value,
+    vat_ttl = excluded.vat_ttl, ttl_minutes = excluded.ttl_minutes,
+    expires_at = excluded.expires_at, updated_at = now(),
+    created_at = CASE WHEN s.expires_at <= now() THEN now() ELSE s.created_at END
+"""
+
+DELETE: LiteralString = """
+DELETE FROM store s USING unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+WHERE s.prefix = n.prefix AND s.key = n.key
+"""
+
+DELETE_VECTORS: LiteralString = """
+DELETE FROM store_vectors v USING unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+WHERE v.prefix = n.prefix AND v.key = n.key
+"""
+
+INSERT_VECTORS = """
+INSERT INTO store_vectors (prefix, key, field_name, embedding)
+SELECT prefix, key, field, embedding::{type}
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(fields)s::text[], %(embeddings)s::text[])
+    AS n (prefix, key, field, embedding)
+"""
+
+# All namespaces below a literal beginning; the rest is matched in Python.
+NAMESPACES: LiteralString = (
+    """
+SELECT DISTINCT s.prefix FROM store s
+WHERE (%(prefix)s = '' OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
+AND """
+    + _ALIVE
+)
+
+SWEEP: LiteralString = """
+DELETE FROM store s USING (
+    SELECT prefix, key FROM store WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+) AS n
+WHERE s.prefix = n.prefix AND s.key = n.key RETURNING 1
+"""
+
+# Which items a search is about.
+_SCOPE: LiteralString = (
+    """
+(%(prefix)s = '' OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
+AND """
+    + _ALIVE
+)
+
+COUNT: LiteralString = (
+    "SELECT count(*) FROM (SELECT FROM store s WHERE "
+    + _SCOPE
+    + " AND {filter} LIMIT %(most)s) AS c"
+)
+
+LIST: LiteralString = (
+    "SELECT"
+    + _ITEM
+    + ", NULL::float8 FROM store s WHERE "
+    + _SCOPE
+    + """ AND {filter}
+ORDER BY s.updated_at DESC, s.prefix, s.key LIMIT %(limit)s OFFSET %(offset)s"""
+)
+
+# Every candidate's best vector, then those without any.
+EXACT: LiteralString = (
+    """
+WITH candidates AS MATERIALIZED (SELECT s.prefix, s.key FROM store s WHERE """
+    + _SCOPE
+    + """ AND {filter}),
+scored AS MATERIALIZED (
+    SELECT v.prefix, v.key, min(v.embedding {operator} %(query)s::{type}) AS distance
+    FROM candidates c JOIN store_vectors v ON v.prefix = c.prefix AND v.key = c.key
+    GROUP BY v.prefix, v.key
+)
+SELECT"""
+    + _ITEM
+    + """, d.distance
+FROM candidates c
+JOIN store s ON s.prefix = c.prefix AND s.key = c.key
+LEFT JOIN scored d ON d.prefix = c.prefix AND d.key = c.key
+ORDER BY d.distance NULLS LAST, s.updated_at DESC, s.prefix, s.key
+LIMIT %(limit)s OFFSET %(offset)s"""
+)
+
+# Nearest vectors through the index, which goes on until enough pass the conditions.
+ITERATIVE_SCAN: LiteralString = "SET LOCAL hnsw.iterative_scan = strict_order"
+NEAREST: LiteralString = (
+    "SELECT"
+    + _ITEM
+    + """, v.embedding {operator} %(query)s::{type}
+FROM store_vectors v JOIN store s ON s.prefix = v.prefix AND s.key = v.key
+WHERE """
+    + _SCOPE
+    + """ AND {filter}
+ORDER BY v.embedding {operator} %(query)s::{type} LIMIT %(limit)s"""
+)

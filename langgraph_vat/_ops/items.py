@@ -1,0 +1,369 @@
+"""
+The store's operations, a batch at a time.
+
+1. Everything that can be refused is refused before anything is written.
+2. What is to be embedded is embedded before a transaction is open, each text once.
+3. The batch runs in one transaction, in runs of writes and of reads. A read
+   sees the writes before it in the batch; of several writes of one key in a
+   run the last one counts. A run of gets is one statement, so is a run's puts.
+4. An item's vectors are replaced with it: no vector outlives its text.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.store.base import (
+    GetOp,
+    InvalidNamespaceError,
+    Item,
+    ListNamespacesOp,
+    MatchCondition,
+    Op,
+    PutOp,
+    Result,
+    SearchItem,
+    SearchOp,
+    validate_op_namespace,
+)
+from psycopg import sql as composing
+
+from langgraph_vat._durable import items as sql
+from langgraph_vat._durable.filters import check_filter, matches
+from langgraph_vat._durable.plain import is_plain, is_text
+from langgraph_vat._durable.rows import columns
+from langgraph_vat._io.protocols import Backend, Row, Session
+from langgraph_vat._ops import search
+from langgraph_vat._ops.search import VectorIndex
+from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.codec import Codec
+from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.errors import InvalidInputError, SealError
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.serde import codec_for
+
+_MOST_BYTES = 2_000
+# Stands in the readable value for a field that JSON cannot hold: equal to nothing, but there.
+_HIDDEN = {"__vat__": "exact"}
+
+
+@dataclass(slots=True)
+class Items:
+    """What all operations of one store share in a process."""
+
+    index: VectorIndex | None
+    keyring: Keyring | None
+    serde: SerializerProtocol
+    data_keys: dict[str, DataKey] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A batch, with all that had to be fetched before its transaction."""
+
+    ops: list[Op]
+    vectors: dict[str, str]
+    """Texts of documents, as pgvector's literals."""
+    queries: dict[str, str]
+    codecs: dict[str, Codec]
+
+
+async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Result]:
+    """
+    Run operations and return their results in order.
+
+    Raises:
+        InvalidInputError, InvalidNamespaceError: An operation could not be
+            answered. Nothing was written.
+        UnavailableError: Postgres or the embedder does not answer. Nothing was
+            written, or all of it.
+    """
+    listed = [_checked(op) for op in ops]
+    plan = await _prepare(items, backend, listed)
+
+    async def body(session: Session) -> list[Result]:
+        results: list[Result] = [None] * len(listed)
+        runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
+        for kind, run in runs:
+            pairs = list(run)
+            if kind is PutOp:
+                await _put(items, session, plan, [op for _, op in pairs])  # type: ignore[misc]
+            else:
+                found = await _read(items, session, plan, kind, [op for _, op in pairs])
+                for (position, _), result in zip(pairs, found, strict=True):
+                    results[position] = result
+        return results
+
+    return await backend.durable.transact(body)
+
+
+async def sweep(backend: Backend) -> int:
+    """Delete what has expired, in small steps that pass over what others hold; return how many."""
+    swept = 0
+    while deleted := len(await backend.durable.fetch(sql.SWEEP)):
+        swept += deleted
+    return swept
+
+
+# --- before the transaction ---------------------------------------------------
+
+
+def _checked(op: Op) -> Op:
+    """Return an operation whose namespaces are tuples, or refuse it."""
+    if isinstance(op, ListNamespacesOp):
+        conditions = tuple(
+            MatchCondition(c.match_type, tuple(c.path)) for c in op.match_conditions or ()
+        )
+        op = op._replace(match_conditions=conditions)
+        _check_page(op.limit, op.offset)
+    elif isinstance(op, SearchOp):
+        op = op._replace(namespace_prefix=tuple(op.namespace_prefix))
+        _check_page(op.limit, op.offset)
+        check_filter(op.filter or {})
+        _check_length(op.namespace_prefix, "")
+    elif isinstance(op, GetOp | PutOp):
+        op = op._replace(namespace=tuple(op.namespace))
+        _check_length(op.namespace, op.key)
+    else:
+        raise InvalidInputError(f"a store has no operation {type(op).__name__}; nothing was done")
+    validate_op_namespace(op)
+    if isinstance(op, PutOp):
+        _check_put(op)
+    return op
+
+
+def _check_put(op: PutOp) -> None:
+    if not op.namespace:
+        raise InvalidNamespaceError("a namespace must not be empty; nothing was written")
+    if op.value is not None and not isinstance(op.value, Mapping):
+        raise InvalidInputError(
+            f"a value must be a mapping, not {type(op.value).__name__}; nothing was written"
+        )
+    if op.ttl is not None and op.ttl <= 0:
+        raise InvalidInputError("ttl must be more than 0 minutes; nothing was written")
+
+
+def _check_page(limit: int, offset: int) -> None:
+    if limit < 0 or offset < 0:
+        raise InvalidInputError("limit and offset must not be negative; nothing was searched")
+
+
+def _check_length(namespace: Sequence[str], key: str) -> None:
+    if not isinstance(key, str):
+        raise InvalidInputError(f"a key must be a string, not {type(key).__name__}")
+    if not is_text(key) or not all(is_text(label) for label in namespace if isinstance(label, str)):
+        raise InvalidInputError(
+            "a namespace or key has a NUL or a lone surrogate, which Postgres cannot hold; nothing"
+            " was written"
+        )
+    size = len(".".join(map(str, namespace)).encode()) + len(key.encode())
+    if size > _MOST_BYTES:
+        raise InvalidInputError(
+            f"namespace and key have {size} bytes together and may have {_MOST_BYTES}; nothing was"
+            " written"
+        )
+
+
+async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
+    plan = _Plan(ops, {}, {}, {})
+    if items.keyring is not None:
+        for root in {
+            op.namespace[0] for op in ops if isinstance(op, PutOp) and op.value is not None
+        }:
+            await _data_key(items, backend, root)
+        for (root,) in await _roots_read(items, backend, ops):
+            await _data_key(items, backend, root)
+    if items.index is not None:
+        await _embed(items.index, backend, plan)
+    return plan
+
+
+async def _roots_read(items: Items, backend: Backend, ops: list[Op]) -> list[Row]:
+    """Return the roots that the batch may read from and whose key is not open yet."""
+    reads = [op for op in ops if isinstance(op, GetOp | SearchOp)]
+    namespaces = [op.namespace if isinstance(op, GetOp) else op.namespace_prefix for op in reads]
+    if not reads or all(ns and ns[0] in items.data_keys for ns in namespaces):
+        return []
+    return await backend.durable.fetch("SELECT root FROM vat_store_keys")
+
+
+async def _data_key(items: Items, backend: Backend, root: str) -> DataKey:
+    """Return the data key of a root; one that is new is committed before it is used."""
+    known = items.data_keys.get(root)
+    if known is not None:
+        return known
+    assert items.keyring is not None
+    bound = associated_data("data key", "store", root)
+    found = await backend.durable.fetch(sql.FIND_KEY, {"root": root})
+    if not found:
+        wrapped = DataKey.generate().wrap(items.keyring, associated_data=bound)
+        found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
+    items.data_keys[root] = DataKey.unwrap(found[0][0], items.keyring, associated_data=bound)
+    return items.data_keys[root]
+
+
+async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
+    texts: dict[str, None] = {}
+    for op in plan.ops:
+        if isinstance(op, PutOp) and op.value is not None and op.index is not False:
+            texts.update(dict.fromkeys(index.texts(op.value, op.index).values()))
+    queries = {op.query for op in plan.ops if isinstance(op, SearchOp) and op.query}
+    try:
+        vectors = await backend.embed(index.embeddings, list(texts)) if texts else []
+        found = {q: await backend.embed_query(index.embeddings, q) for q in sorted(queries)}
+    except Exception as error:
+        raise search.failed_to_embed(error) from error
+    literals = [index.literal(vector) for vector in vectors]
+    plan.vectors = dict(zip(texts, literals, strict=True))
+    plan.queries = {query: index.literal(vector) for query, vector in found.items()}
+
+
+# --- writes ---------------------------------------------------------------------
+
+
+async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) -> None:
+    last = {(".".join(op.namespace), op.key): op for op in ops}
+    kept = {place: op for place, op in last.items() if op.value is not None}
+    gone = [place for place in last if place not in kept]
+    if gone:
+        await session.execute(sql.DELETE, columns(gone, "prefixes", "keys"))
+    if not kept:
+        return
+    rows = [(*place, *_encode(items, place, op), op.ttl) for place, op in kept.items()]
+    names = ("prefixes", "keys", "values", "types", "exacts", "ttls")
+    await session.execute(sql.PUT, columns(rows, *names))
+    if items.index is not None:
+        await _put_vectors(items.index, session, plan, kept)
+
+
+async def _put_vectors(
+    index: VectorIndex, session: Session, plan: _Plan, kept: Mapping[tuple[str, str], PutOp]
+) -> None:
+    await session.execute(sql.DELETE_VECTORS, columns(list(kept), "prefixes", "keys"))
+    rows = [
+        (*place, name, plan.vectors[text])
+        for place, op in kept.items()
+        if op.index is not False
+        for name, text in index.texts(op.value or {}, op.index).items()
+    ]
+    if rows:
+        kind = composing.SQL(index.type)
+        statement = composing.SQL(sql.INSERT_VECTORS).format(type=kind)
+        names = ("prefixes", "keys", "fields", "embeddings")
+        await session.execute(statement, columns(rows, *names))
+
+
+def _encode(
+    items: Items, place: tuple[str, str], op: PutOp
+) -> tuple[str, str | None, bytes | None]:
+    """Return the readable value, and type and bytes of the exact one if they differ."""
+    value = dict(op.value or {})
+    if items.keyring is None and is_plain(value):
+        return orjson.dumps(value).decode(), None, None
+    shown = {}
+    if items.keyring is None:
+        shown = {k: v if is_plain(v) else _HIDDEN for k, v in value.items() if is_plain(k)}
+        shown = {k: v for k, v in shown.items() if isinstance(k, str)}
+    type_, exact = _codec(items, place[0]).dump(value, *place)
+    return orjson.dumps(shown).decode(), type_, exact
+
+
+def _codec(items: Items, prefix: str) -> Codec:
+    root = prefix.partition(".")[0]
+    if items.keyring is not None and root not in items.data_keys:
+        raise SealError(
+            "an item that must be sealed is not: its namespace has no key. It was not used. Write"
+            " it again through this store, or read it with an unsealed one."
+        )
+    return codec_for(items.serde, items.data_keys.get(root), "item", root)
+
+
+# --- reads ----------------------------------------------------------------------
+
+
+async def _read(
+    items: Items, session: Session, plan: _Plan, kind: type, ops: Sequence[Any]
+) -> list[Result]:
+    if kind is GetOp:
+        return await _get(items, session, ops)
+    if kind is SearchOp:
+        return [await _search(items, session, plan, op) for op in ops]
+    return [await _list_namespaces(session, op) for op in ops]
+
+
+async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
+    places = [(".".join(op.namespace), op.key) for op in ops]
+    rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
+    found = {(row[0], row[1]): row for row in rows}
+    wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
+    await _refresh(session, [found[place] for place in wanted if place in found])
+    return [Item(**_decode(items, found[p])) if p in found else None for p in places]
+
+
+async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
+    index = items.index
+
+    def is_match(row: Row) -> bool:
+        return matches(_decode(items, row)["value"], op.filter)
+
+    needs_opening = items.keyring is not None or not is_plain(op.filter or {})
+    query = search.prepare(
+        op, index, plan.queries.get(op.query or ""), is_match if needs_opening else None
+    )
+    rows = await search.run(session, query)
+    if op.refresh_ttl:
+        await _refresh(session, rows)
+    return [
+        SearchItem(**_decode(items, row), score=index.score(row[-1]) if index else None)
+        for row in rows
+    ]
+
+
+async def _refresh(session: Session, rows: Sequence[Row]) -> None:
+    expiring = [(row[0], row[1]) for row in rows if row[7]]
+    if expiring:
+        await session.execute(sql.REFRESH, columns(expiring, "prefixes", "keys"))
+
+
+def _decode(items: Items, row: Row) -> dict[str, Any]:
+    prefix, key, value, type_, exact, created_at, updated_at = row[:7]
+    if type_ is not None:
+        value = _codec(items, prefix).load(type_, exact, prefix, key)
+    elif items.keyring is not None:
+        raise SealError(
+            "an item that must be sealed is not. It was not used. Write it again through this"
+            " store, or read it with an unsealed one."
+        )
+    return {
+        "namespace": tuple(prefix.split(".")),
+        "key": key,
+        "value": value,
+        "created_at": created_at,
+        "updated_at": updated_at,
+    }
+
+
+async def _list_namespaces(session: Session, op: ListNamespacesOp) -> list[tuple[str, ...]]:
+    conditions = op.match_conditions or ()
+    beginnings = [c.path for c in conditions if c.match_type == "prefix"]
+    literal = itertools.takewhile(lambda label: label != "*", beginnings[0] if beginnings else ())
+    rows = await session.fetch(sql.NAMESPACES, {"prefix": ".".join(literal)})
+    found = [tuple(row[0].split(".")) for row in rows]
+    kept = {ns[: op.max_depth] for ns in found if all(_fits(c, ns) for c in conditions)}
+    return sorted(kept)[op.offset : op.offset + op.limit]
+
+
+def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:
+    path = condition.path
+    if len(namespace) < len(path):
+        return False
+    if condition.match_type == "prefix":
+        part = namespace[: len(path)]
+    elif condition.match_type == "suffix":
+        part = namespace[len(namespace) - len(path) :]
+    else:
+        raise InvalidInputError("match_type must be prefix or suffix; nothing was listed")
+    return all(label in ("*", own) for label, own in zip(path, part, strict=True))

@@ -1,0 +1,149 @@
+"""LangGraph's store on Postgres and pgvector: each method pair is one operation."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
+
+from langgraph_vat._io.connections import Connections
+from langgraph_vat._io.driver import drive
+from langgraph_vat._ops import items
+from langgraph_vat._ops.search import VectorIndex
+from langgraph_vat._ops.store_schema import setup_items
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.serde import EncryptedSerializer
+from langgraph_vat.settings import Settings
+
+
+class SemanticStore(BaseStore):
+    """
+    A store: items by namespace and key, filtered by field, found by meaning.
+
+    One object serves sync and async, from any thread and any event loop, and
+    may be made anywhere; it connects when it is first used. A batch is one
+    transaction; a read in it sees the writes before it.
+
+    Args:
+        connections: The address of Postgres.
+        index: What is embedded, as LangGraph's stores take it, with
+            PostgresStore's ``distance_type`` and ``ann_index_config``. Scores
+            are 1 - distance for cosine, else the negative distance.
+        ttl: When items expire, in minutes, fractions allowed.
+        keyring: Seals values; fields are then filtered after opening. Ids and
+            embeddings stay readable.
+        serde: Serializer of what JSON cannot hold.
+
+    Raises:
+        ConfigurationError: The index cannot work.
+    """
+
+    supports_ttl = True
+
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        index: IndexConfig | None = None,
+        ttl: TTLConfig | None = None,
+        keyring: Keyring | None = None,
+        serde: SerializerProtocol | None = None,
+    ) -> None:
+        if isinstance(serde, EncryptedSerializer):
+            keyring = keyring or serde.keyring
+        self.ttl_config = ttl
+        self.index_config = index
+        self._connections = connections
+        vectors = VectorIndex(index) if index is not None else None
+        self._items = items.Items(vectors, keyring, serde or JsonPlusSerializer())
+
+    @classmethod
+    def from_conn_string(
+        cls,
+        postgres: str,
+        *,
+        schema: str | None = None,
+        index: IndexConfig | None = None,
+        ttl: TTLConfig | None = None,
+        keyring: Keyring | None = None,
+        **settings: Any,
+    ) -> Self:
+        """
+        Return a store that connects by itself.
+
+        Use it in ``with`` or ``async with``, which set up the schema and close
+        it, or call `setup` and `close`.
+        """
+        connections = Connections(postgres, None, Settings(**settings), schema)
+        return cls(connections, index=index, ttl=ttl, keyring=keyring)
+
+    def setup(self) -> None:
+        """
+        Create or migrate the tables. Safe in many processes at once, and again.
+
+        Raises:
+            SchemaError: They cannot be brought up to date; pgvector is missing.
+            ConfigurationError: The table's vectors have other dimensions.
+        """
+        drive(setup_items(self._connections.blocking(), self._items.index))
+
+    async def asetup(self) -> None:
+        """Like `setup`."""
+        await setup_items(await self._connections.asyncio(), self._items.index)
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        """
+        Run operations in one transaction and return their results in order.
+
+        Raises:
+            InvalidInputError: One of them could not be answered; none was run.
+            SealError: A value was changed, moved, or is not sealed.
+            UnavailableError: All of it was written, or none.
+        """
+        return drive(items.batch(self._items, self._connections.blocking(), ops))
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        """Like `batch`."""
+        return await items.batch(self._items, await self._connections.asyncio(), ops)
+
+    def sweep_ttl(self) -> int:
+        """Delete what has expired; return how many items. They were invisible already."""
+        return drive(items.sweep(self._connections.blocking()))
+
+    async def asweep_ttl(self) -> int:
+        """Like `sweep_ttl`."""
+        return await items.sweep(await self._connections.asyncio())
+
+    def close(self) -> None:
+        """Close the connections. May be called again."""
+        self._connections.close()
+
+    async def aclose(self) -> None:
+        """Like `close`, with the connections of the running event loop."""
+        await self._connections.aclose()
+
+    def __enter__(self) -> Self:
+        self.setup()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        await self.asetup()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()

