@@ -8,9 +8,9 @@ import psycopg
 import redis
 import redis.asyncio
 from langchain_core.embeddings import Embeddings
-from psycopg_pool import AsyncConnectionPool
 
 from langgraph_vat._io.mapping import is_repeatable, map_postgres, map_redis
+from langgraph_vat._io.pool import AsyncioPool
 from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class AsyncioSession:
 class AsyncioDurable:
     """Postgres through a pool of asyncio connections."""
 
-    def __init__(self, pool: AsyncConnectionPool[Connection]) -> None:
+    def __init__(self, pool: AsyncioPool) -> None:
         self._pool = pool
 
     async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:

@@ -10,19 +10,19 @@ its loop; an async generator that the loop closes when it shuts down
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import psycopg
 import redis
 import redis.asyncio
 from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from psycopg_pool import ConnectionPool
 from redis.backoff import NoBackoff
 
 from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
 from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
+from langgraph_vat._io.pool import AsyncioPool
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 from langgraph_vat.settings import Settings
 
@@ -138,19 +138,8 @@ class Connections:
             await (await psycopg.AsyncConnection.connect(self._postgres, **self._kwargs)).close()
         except psycopg.OperationalError as error:
             raise self._no_postgres() from error
-        sockets: WeakSet[psycopg.AsyncConnection[Any]] = WeakSet()
-
-        async def remember(connection: psycopg.AsyncConnection[Any]) -> None:
-            sockets.add(connection)
-
-        pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            self._postgres,
-            kwargs=self._kwargs,
-            open=False,
-            configure=remember,
-            **_pool_kwargs(self._settings),
-        )
-        await pool.open()
+        settings = self._settings
+        pool = AsyncioPool(self._postgres, self._kwargs, settings.pool_size, settings.timeout_s)
         client = None
         if self._redis is not None:
             url, is_cluster = _redis_url(self._redis)
@@ -158,7 +147,7 @@ class Connections:
             retry = redis.asyncio.retry.Retry(NoBackoff(), 1)
             client = kind.from_url(url, retry=retry, **_redis_kwargs(self._settings))
         hot = AsyncioHot(client) if client is not None else None
-        lifetime = _until_loop_ends(pool, sockets, client)
+        lifetime = _until_loop_ends(pool, client)
         await anext(lifetime)
         return AsyncioBackend(AsyncioDurable(pool), hot), lifetime
 
@@ -171,18 +160,11 @@ class Connections:
         )
 
 
-async def _until_loop_ends(
-    pool: AsyncConnectionPool[Any], sockets: WeakSet[psycopg.AsyncConnection[Any]], client: Any
-) -> AsyncGenerator[None]:
+async def _until_loop_ends(pool: AsyncioPool, client: Any) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        # A loop that shuts down has cancelled the pool's workers already; the
-        # pool then gives up before it comes to its connections.
-        with suppress(asyncio.CancelledError):
-            await pool.close()
-        for connection in list(sockets):
-            await connection.close()
+        await pool.close()
         if client is not None:
             await client.aclose()
 
