@@ -42,7 +42,8 @@ async def setup_items(backend: Backend, index: VectorIndex | None) -> None:
 async def _create_vectors(session: Session, index: VectorIndex) -> None:
     if not await session.fetch(sql.HAS_EXTENSION):
         try:
-            await session.fetch(composing.SQL(sql.CREATE_EXTENSION + "; SELECT 1"))
+            await session.execute(sql.CREATE_EXTENSION)
+            await session.fetch(sql.HAS_EXTENSION)
         except psycopg.Error as error:
             raise _no_extension(error) from error
     for statement in sql.vector_schema(index.type, index.kind, index.opclass, index.options):

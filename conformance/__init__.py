@@ -1,0 +1,1 @@
+"""Conformance of savers and stores: LangGraph's own suite, and specs where it is silent."""
