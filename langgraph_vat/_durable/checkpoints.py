@@ -177,6 +177,12 @@ ORDER BY c.checkpoint_id DESC LIMIT 1
 """
 )
 
+# Writes that came before their checkpoint: of ids beyond the newest one.
+SELECT_EARLY_WRITES: LiteralString = """
+SELECT checkpoint_id, task_id, idx, task_path, channel, type, blob FROM checkpoint_writes
+WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s AND checkpoint_id > %(checkpoint)s
+"""
+
 SELECT_ONE: LiteralString = (
     _SNAPSHOT
     + """

@@ -40,7 +40,7 @@ def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
 def writes_pairs(entry: WritesEntry) -> tuple[Pairs, Pairs]:
     """Return the pairs that only the journal holds, and those it shares with the head."""
     journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
-    return journal, list(_write_pairs(entry.checkpoint_id, entry.writes))
+    return journal, list(write_pairs(entry.checkpoint_id, entry.writes))
 
 
 def needs_pairs(entry: PutEntry) -> Pairs:
@@ -55,7 +55,7 @@ def head_pairs(snapshot: Snapshot, fence: Fence, core: Core) -> Pairs:
     pairs = [b"f", fence.text.encode(), b"i", snapshot.checkpoint_id.encode()]
     pairs += [b"p", snapshot.parent_id.encode(), b"c", pack_core(core)]
     pairs += _blob_pairs(snapshot.blobs)
-    pairs += _write_pairs(snapshot.checkpoint_id, snapshot.writes)
+    pairs += write_pairs(snapshot.checkpoint_id, snapshot.writes)
     if snapshot.inline:
         pairs += [b"l", b"1"]
     return pairs
@@ -157,7 +157,8 @@ def _write_prefix(checkpoint_id: str) -> bytes:
     return b":%d:%s:" % (len(raw), raw)
 
 
-def _write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
+def write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
+    """Return the pairs of a checkpoint's pending writes."""
     prefix = _write_prefix(checkpoint_id)
     for write in writes:
         kind = b"w" if write.idx >= 0 else b"x"

@@ -24,13 +24,13 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
-from langgraph_vat._hot.entries import empty_head_pairs, head_pairs
+from langgraph_vat._hot.entries import empty_head_pairs, head_pairs, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.tiers import degrade, hot_to_write
 from langgraph_vat._ops.values import encode_blob
-from langgraph_vat._records import Core, Fence, Snapshot
+from langgraph_vat._records import Core, Fence, Snapshot, Write
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
@@ -146,6 +146,7 @@ async def fill(
         if ticket is None:
             continue
         pairs = _pairs(known, serde, thread_id, snapshot)
+        pairs += await _early_writes(backend, thread_id, checkpoint_ns, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
             return known, snapshot
         args: list[Arg] = [
@@ -178,6 +179,16 @@ async def select_latest(backend: Backend, thread_id: str, checkpoint_ns: str) ->
     params = {"thread": thread_id, "namespace": checkpoint_ns}
     rows = await backend.durable.fetch(sql.SELECT_LATEST, params)
     return to_snapshot(rows[0]) if rows else None
+
+
+async def _early_writes(
+    backend: Backend, thread_id: str, checkpoint_ns: str, snapshot: Snapshot | None
+) -> list[bytes]:
+    """Return the writes that wait for a checkpoint to come, which adopts them from the head."""
+    newest = snapshot.checkpoint_id if snapshot else ""
+    params = {"thread": thread_id, "namespace": checkpoint_ns, "checkpoint": newest}
+    rows = await backend.durable.fetch(sql.SELECT_EARLY_WRITES, params)
+    return [pair for row in rows for pair in write_pairs(row[0], [Write(*row[1:])])]
 
 
 def _pairs(

@@ -34,14 +34,15 @@ local entry = append(meta, journal, dirty, thread, ttl, fields)
 if mode == 'headless' then
   redis.call('DEL', head)
 elseif newest then
-  -- Writes of this checkpoint that came before it stay; all others are its ancestors'.
-  local mine = #id .. ':' .. id .. ':'
+  -- Writes that came before their checkpoint stay, this one's and later ones'.
   for _, field in ipairs(redis.call('HKEYS', head)) do
-    local kind = field:sub(1, 2)
-    local is_write = kind == 'w:' or kind == 'x:'
-    if (is_write and not starts(field:sub(3), mine)) or (mode == 'whole' and not is_write) then
-      redis.call('HDEL', head, field)
+    local length = field:match('^[wx]:(%d+):')
+    local stays = mode == 'delta'
+    if length then
+      local from = #length + 4
+      stays = not less(field:sub(from, from + length - 1), id)
     end
+    if not stays then redis.call('HDEL', head, field) end
   end
   local values = {'f', fence, 'i', id, 'p', parent, 'c', core}
   for at = shared, #ARGV do values[#values + 1] = ARGV[at] end
