@@ -81,5 +81,5 @@ async def _flush_overdue(shared: Shared, backend: Backend) -> None:
     await refresh(shared, backend)
     limit_s = shared.settings.flush_after
     own_s = 0 if shared.is_degraded else limit_s / 2
-    threads = await overdue(shared, backend, own_s=own_s, any_s=limit_s * 3 / 4)
+    threads = await overdue(shared, backend, own_s=own_s, any_s=limit_s * 3 / 4, most=64)
     await flush(shared, backend, threads, wait=False)

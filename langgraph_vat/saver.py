@@ -28,7 +28,7 @@ from langgraph_vat._ops.address import View, check, check_channels, check_run_id
 from langgraph_vat._ops.flush import flush, overdue
 from langgraph_vat._ops.schema import setup_checkpoints
 from langgraph_vat._ops.shared import Counters
-from langgraph_vat._ops.tiers import refresh
+from langgraph_vat._ops.tiers import refresh, require_hot
 from langgraph_vat._ops.values import address, to_tuple
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import Keyring
@@ -124,6 +124,7 @@ class HybridSaver(BaseCheckpointSaver[str]):
         await self._setup(await self._life.connections.asyncio())
 
     async def _setup(self, backend: Backend) -> None:
+        await require_hot(self._shared, backend, self._life.connections.redis_address)
         await setup_checkpoints(backend)
         await refresh(self._shared, backend)
 

@@ -5,9 +5,17 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis
 from langgraph.checkpoint.base import empty_checkpoint
 
-from langgraph_vat.errors import ConfigurationError, InvalidInputError
+from langgraph_vat.errors import (
+    ConfigurationError,
+    InvalidInputError,
+    SchemaError,
+    SealError,
+    UnavailableError,
+    UnknownKeyError,
+)
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.saver import HybridSaver
 from langgraph_vat.settings import Settings
@@ -49,3 +57,113 @@ def test_unusable_settings_and_keys() -> None:
         Settings(flush_every=0)
     with pytest.raises(ConfigurationError):
         Keyring([("k", b"short")])
+
+
+ABSENT = {"configurable": {"checkpoint_ns": ""}}
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda s: s.get_tuple(ABSENT), "thread_id is missing"),
+        (lambda s: s.get_tuple({}), "configurable"),
+        (lambda s: list(s.list(at(""))), "thread_id must not be empty"),
+        (lambda s: s.put(at("t") | {}, {**empty_checkpoint(), "id": "x" * 200}, {}, {}), "128"),
+        (lambda s: s.put_writes(at("t"), [("a", 1)], "task"), "checkpoint_id is missing"),
+        (lambda s: s.put_writes(inside("c"), [("a\0", 1)], "task"), "channel name has a NUL"),
+        (lambda s: s.put_writes(inside("c"), [("a", 1)], ""), "task_id must not be empty"),
+        (lambda s: s.delete_thread(7), "pass str|Pass str"),
+        (lambda s: s.prune(["t"], strategy="all"), "delete.*keep_latest"),
+        (lambda s: s.prune("t"), "sequence"),
+        (lambda s: s.delete_for_runs("r"), "sequence"),
+        (lambda s: s.copy_thread("never", "t"), "no thread 'never'"),
+        (lambda s: s.scoped(""), "tenant must not be empty"),
+        (lambda s: s.get_tuple(at("vat-tenant:1:x:t")), "scoped"),
+    ],
+)
+def test_the_error_names_the_cause(saver: HybridSaver, call: Any, named: str) -> None:
+    with pytest.raises(InvalidInputError, match=named):
+        call(saver)
+    assert list(saver.list(None)) == []
+
+
+def inside(checkpoint_id: str) -> Any:
+    return {"configurable": {"thread_id": "t", "checkpoint_ns": "", "checkpoint_id": checkpoint_id}}
+
+
+def test_tenants_do_not_see_each_other(saver: HybridSaver) -> None:
+    one, two = saver.scoped("one"), saver.scoped("two")
+    for number, view in enumerate((saver, one, two)):
+        view.put(at("same"), empty_checkpoint(), {"step": number, "run_id": "r"}, {})
+    for number, view in enumerate((saver, one, two)):
+        (listed,) = view.list(None)
+        assert listed.metadata["step"] == number
+        assert listed.config["configurable"]["thread_id"] == "same"
+    one.delete_for_runs(["r"])
+    two.delete_thread("same")
+    assert [len(list(view.list(None))) for view in (saver, one, two)] == [1, 0, 0]
+
+
+def test_servers_that_are_not_there_are_named(postgres_url: str, redis_url: str) -> None:
+    nowhere = HybridSaver.from_conn_string("postgresql://user:hidden@127.0.0.1:1/db")
+    with pytest.raises(UnavailableError, match=r"Postgres at host '127.0.0.1', port '?1") as caught:
+        nowhere.setup()
+    assert "hidden" not in str(caught.value)
+    nowhere.close()
+    no_redis = HybridSaver.from_conn_string(postgres_url, redis="redis://:hidden@127.0.0.1:1")
+    with pytest.raises(UnavailableError, match=r"Redis at redis://127\.0\.0\.1:1") as caught:
+        no_redis.setup()
+    assert "hidden" not in str(caught.value)
+    no_redis.close()
+    for postgres, url in (("not a conninfo", None), (postgres_url, "http://x")):
+        with pytest.raises(ConfigurationError):
+            HybridSaver.from_conn_string(postgres, redis=url)
+
+
+def test_without_setup_the_remedy_is_named(postgres_url: str) -> None:
+    saver = HybridSaver.from_conn_string(postgres_url)
+    with pytest.raises(SchemaError, match="setup"):
+        saver.put(at("t"), empty_checkpoint(), {}, {})
+    saver.close()
+    with pytest.raises(ConfigurationError, match="closed"):
+        saver.get_tuple(at("t"))
+
+
+def test_a_database_and_a_redis_belong_together(postgres_url: str, redis_url: str) -> None:
+    with HybridSaver.from_conn_string(postgres_url, redis=redis_url):
+        pass
+    alone = HybridSaver.from_conn_string(postgres_url)
+    with pytest.raises(ConfigurationError, match="hot tier"):
+        alone.setup()
+    alone.close()
+
+
+def test_sealed_and_unsealed_do_not_mix(postgres_url: str) -> None:
+    old, new = Keyring.generate("old"), Keyring.generate("new")
+    with HybridSaver.from_conn_string(postgres_url) as plain:
+        plain.put(at("plain"), empty_checkpoint(), {}, {})
+    with HybridSaver.from_conn_string(postgres_url, keyring=old) as sealed:
+        sealed.put(at("sealed"), empty_checkpoint(), {}, {})
+        with pytest.raises(SealError, match="without encryption"):
+            sealed.get_tuple(at("plain"))
+        sealed.delete_thread("plain")
+        assert sealed.get_tuple(at("plain")) is None
+    other = HybridSaver.from_conn_string(postgres_url, keyring=new)
+    with other, pytest.raises(UnknownKeyError, match="'old'"):
+        other.get_tuple(at("sealed"))
+    plain = HybridSaver.from_conn_string(postgres_url)
+    with plain, pytest.raises(SealError, match="keyring"):
+        plain.get_tuple(at("sealed"))
+
+
+def test_a_redis_that_may_evict_journals_is_not_trusted(
+    own_redis: Any, postgres_url: str, caplog: Any
+) -> None:
+    with redis.Redis.from_url(own_redis.url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+    options: Any = {"redis": own_redis.url, "flush_every": 8, "flush_after": 60.0}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        saver.put(at("t"), empty_checkpoint(), {}, {})
+        with psycopg.connect(postgres_url) as connection:
+            assert connection.execute("SELECT count(*) FROM checkpoints").fetchone() == (1,)
+    assert "allkeys-lru" in caplog.text

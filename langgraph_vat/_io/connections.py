@@ -46,6 +46,8 @@ class Connections:
     ) -> None:
         self._postgres = postgres
         self._redis = redis_url
+        if redis_url is not None:
+            _redis_url(redis_url)
         self._settings = settings
         self._kwargs = _connection_kwargs(postgres, settings, schema)
         self._lock = threading.Lock()
@@ -60,6 +62,12 @@ class Connections:
     def is_hot(self) -> bool:
         """Whether there is a Redis."""
         return self._redis is not None
+
+    @property
+    def redis_address(self) -> str:
+        """Where Redis is, without credentials."""
+        scheme, _, rest = (self._redis or "").partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
 
     def blocking(self) -> BlockingBackend:
         """

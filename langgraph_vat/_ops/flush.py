@@ -104,14 +104,20 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
     return b"whole" if entry.uid in batch.held else b"ok"
 
 
-async def overdue(shared: Shared, backend: Backend, *, own_s: float, any_s: float) -> list[str]:
-    """Return threads whose journal has this age, in seconds: our own, and anybody's."""
+async def overdue(
+    shared: Shared, backend: Backend, *, own_s: float, any_s: float, most: int = -1
+) -> list[str]:
+    """
+    Return threads whose journal has this age, in seconds: our own, and anybody's.
+
+    Of anybody's at most `most` of each bucket, the oldest; all of them for -1.
+    """
     threads = set(shared.copies.older_than(own_s))
     if backend.hot is not None and not shared.is_degraded:
         redis_ms = await backend.hot.script(scripts.CLOCK, [shared.keys.identity], [])
         latest = redis_ms - int(any_s * 1000)
         buckets = await backend.hot.read_each(
-            "ZRANGEBYSCORE", shared.keys.buckets, "-inf", latest, "LIMIT", 0, _MOST_THREADS
+            "ZRANGEBYSCORE", shared.keys.buckets, "-inf", latest, "LIMIT", 0, most
         )
         threads.update(raw.decode() for bucket in buckets for raw in bucket)
     return sorted(threads)

@@ -325,7 +325,7 @@ async def _acknowledge(
     """Flush if that is due. Without Postgres a bounded number of steps may go on waiting."""
     if steps is None:
         return
-    every = shared.settings.flush_every
+    every = shared.flush_every
     is_urgent = isinstance(entry, WritesEntry) and any(
         write.channel in (ERROR, INTERRUPT) for write in entry.writes
     )

@@ -111,6 +111,13 @@ class Shared:
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)
     quarantine: dict[str, Exception] = field(default_factory=dict)
+    may_evict_journals: bool = False
+    """Whether Redis would drop journals when its memory is full."""
+
+    @property
+    def flush_every(self) -> int:
+        """Super-steps of a thread that may wait in this Redis."""
+        return 1 if self.may_evict_journals else self.settings.flush_every
 
     @property
     def is_degraded(self) -> bool:

@@ -10,13 +10,16 @@ in between. While `degraded_until` lies ahead every process commits each step
 in Postgres and neither serves nor fills heads.
 """
 
+import logging
 import uuid
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.protocols import Backend, Hot, HotTierError
 from langgraph_vat._ops.shared import Shared, now
-from langgraph_vat.errors import ConfigurationError
+from langgraph_vat.errors import ConfigurationError, UnavailableError
+
+logger = logging.getLogger("langgraph_vat")
 
 # Seconds for which nobody tries a Redis that failed.
 _DEGRADED_S = 5.0
@@ -34,6 +37,25 @@ async def hot_to_read(shared: Shared, backend: Backend) -> Hot | None:
     if now() - shared.state.read_at >= shared.settings.epoch_ttl_s:
         await refresh(shared, backend)
     return None if shared.is_degraded else backend.hot
+
+
+async def require_hot(shared: Shared, backend: Backend, address: str) -> None:
+    """
+    Refuse to start with a Redis that does not answer: later it may fail, but not from the first.
+
+    Raises:
+        UnavailableError: It does not answer.
+    """
+    if backend.hot is None:
+        return
+    try:
+        await backend.hot.script(scripts.CLOCK, [shared.keys.identity], [])
+    except HotTierError as error:
+        msg = (
+            f"no answer from Redis at {address}. Nothing was written. Check the address, the"
+            " credentials and that the server runs; or leave out redis= to use Postgres alone."
+        )
+        raise UnavailableError(msg) from error
 
 
 async def refresh(shared: Shared, backend: Backend) -> None:
@@ -63,6 +85,8 @@ async def refresh(shared: Shared, backend: Backend) -> None:
 
 
 async def _attach(shared: Shared, backend: Backend, hot: Hot, hot_tier: str | None) -> None:
+    if shared.state.read_at == float("-inf"):
+        await _note_policy(shared, hot)
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
     if hot_tier is not None and found == hot_tier.encode():
         return
@@ -81,6 +105,17 @@ async def _attach(shared: Shared, backend: Backend, hot: Hot, hot_tier: str | No
             " was read or written. Use another Redis, or another key_prefix."
         )
         raise ConfigurationError(msg)
+
+
+async def _note_policy(shared: Shared, hot: Hot) -> None:
+    policy = await hot.script(scripts.POLICY, [shared.keys.identity], [])
+    shared.may_evict_journals = policy is not None and policy.startswith(b"allkeys-")
+    if shared.may_evict_journals:
+        logger.warning(
+            "this Redis has maxmemory-policy %s and may evict steps that are not in Postgres yet,"
+            " so every step is committed at once (flush_every=1). Set volatile-lru or noeviction.",
+            policy.decode(),
+        )
 
 
 async def degrade(shared: Shared, backend: Backend) -> None:
