@@ -115,7 +115,7 @@ class PostgresServer:
             if done.returncode:
                 output.seek(0)
                 said = output.read().strip().splitlines()[-_LOG_LINES:]
-                raise _failed(f"Postgres ({program})", said or _tail(self._log))
+                raise _failed(f"Postgres ({program})", said + _tail(self._log))
 
 
 class RedisServer:

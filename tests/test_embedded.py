@@ -50,7 +50,7 @@ def _are_gone(pids: list[int]) -> bool:
 
 
 def test_data_is_kept_across_runs_and_the_servers_stop(own_directory):
-    path = own_directory / "a" * 30 / "deep"  # longer than a socket's name may be
+    path = own_directory / ("a" * 100) / "deep"  # longer than a socket's name may be
     with EmbeddedServers.start(path) as servers:
         with psycopg.connect(servers.postgres, autocommit=True) as connection:
             connection.execute("CREATE TABLE t AS SELECT 42 AS x")
@@ -126,5 +126,5 @@ def test_a_server_that_does_not_start_says_why(own_directory):
     with EmbeddedServers.start(own_directory):
         pass
     (own_directory / "postgres" / "PG_VERSION").write_text("12\n")
-    with pytest.raises(UnavailableError, match="(?s)Postgres.*version|incompatible"):
+    with pytest.raises(UnavailableError, match=r"not compatible|incompatible"):
         EmbeddedServers.start(own_directory)
