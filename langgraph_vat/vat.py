@@ -170,15 +170,15 @@ class Vat:
 
     def close(self) -> None:
         """Flush, disconnect, and leave embedded servers, which stop with their last user."""
+        self.checkpointer.close()  # first: it still has something to flush
         self.store.close()
-        self.checkpointer.close()
         if self._servers is not None:
             self._servers.stop()
 
     async def aclose(self) -> None:
         """Like `close`."""
-        await self.store.aclose()
         await self.checkpointer.aclose()
+        await self.store.aclose()
         if self._servers is not None:
             self._servers.stop()
 

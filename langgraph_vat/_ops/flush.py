@@ -23,8 +23,9 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
-from langgraph_vat._io.protocols import Arg, Backend, HotTierError, Session
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.tiers import degrade
 from langgraph_vat._records import Entry, Fence, PutEntry, WritesEntry
 from langgraph_vat.errors import QuarantinedError
 
@@ -114,13 +115,20 @@ async def overdue(
     """
     threads = set(shared.copies.older_than(own_s))
     if backend.hot is not None and not shared.is_degraded:
-        redis_ms = await backend.hot.script(scripts.CLOCK, [shared.keys.identity], [])
-        latest = redis_ms - int(any_s * 1000)
-        buckets = await backend.hot.read_each(
-            "ZRANGEBYSCORE", shared.keys.buckets, "-inf", latest, "LIMIT", 0, most
-        )
-        threads.update(raw.decode() for bucket in buckets for raw in bucket)
+        try:
+            threads.update(await _dirty(shared, backend.hot, any_s, most))
+        except HotTierError:
+            await degrade(shared, backend)
     return sorted(threads)
+
+
+async def _dirty(shared: Shared, hot: Hot, age_s: float, most: int) -> list[str]:
+    redis_ms = await hot.script(scripts.CLOCK, [shared.keys.identity], [])
+    latest = redis_ms - int(age_s * 1000)
+    found = await hot.read_each(
+        "ZRANGEBYSCORE", shared.keys.buckets, "-inf", latest, "LIMIT", 0, most
+    )
+    return [raw.decode() for bucket in found for raw in bucket]
 
 
 async def _flush_alone(shared: Shared, backend: Backend, thread_id: str, *, wait: bool) -> None:

@@ -1,0 +1,92 @@
+"""`Vat` owns connections and lifecycle; what it closes is in Postgres."""
+
+import asyncio
+import subprocess
+import sys
+
+import psycopg
+import pytest
+from langgraph.checkpoint.base import empty_checkpoint
+
+from langgraph_vat import ConfigurationError, Keyring, Vat
+
+CONFIG = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+
+
+def _stored(url):
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT count(*) FROM checkpoints").fetchone()[0]
+
+
+def test_closing_flushes(postgres_url, redis_url):
+    with Vat.connect(postgres_url, redis_url, flush_after=60.0) as vat:
+        vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
+        vat.store.put(("a",), "k", {"n": 1})
+        assert _stored(postgres_url) == 0
+    assert _stored(postgres_url) == 1
+    vat.close()
+
+
+async def test_closing_flushes_in_a_loop(postgres_url, redis_url, caplog):
+    async with Vat.connect(postgres_url, redis_url, flush_after=60.0) as vat:
+        await vat.checkpointer.aput(CONFIG, empty_checkpoint(), {}, {})
+        await vat.store.aput(("a",), "k", {"n": 1})
+        assert (await vat.store.aget(("a",), "k")).value == {"n": 1}
+    assert _stored(postgres_url) == 1
+    await vat.aclose()
+    assert not caplog.records
+
+
+def test_a_step_waits_no_longer_than_flush_after(postgres_url, redis_url):
+    with Vat.connect(postgres_url, redis_url, flush_after=0.4) as vat:
+        vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
+        for _ in range(100):
+            if _stored(postgres_url):
+                break
+            asyncio.run(asyncio.sleep(0.1))
+        assert _stored(postgres_url) == 1
+
+
+LEAVES = """
+import sys
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph_vat import HybridSaver
+saver = HybridSaver.from_conn_string(sys.argv[1], redis=sys.argv[2], flush_after=60.0)
+saver.setup()
+config = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+saver.put(config, empty_checkpoint(), {}, {})
+"""
+
+
+def test_an_interpreter_that_just_ends_flushes(postgres_url, redis_url):
+    command = [sys.executable, "-W", "error", "-c", LEAVES, postgres_url, redis_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert _stored(postgres_url) == 1
+
+
+def test_the_environment_says_where(monkeypatch, postgres_url, redis_url):
+    monkeypatch.delenv("LANGGRAPH_VAT_POSTGRES", raising=False)
+    with pytest.raises(ConfigurationError, match="LANGGRAPH_VAT_POSTGRES"):
+        Vat.from_env()
+    monkeypatch.setenv("LANGGRAPH_VAT_POSTGRES", postgres_url)
+    monkeypatch.setenv("LANGGRAPH_VAT_REDIS", redis_url)
+    monkeypatch.setenv("LANGGRAPH_VAT_KEYS", Keyring.generate().export_secret_text())
+    monkeypatch.setenv("LANGGRAPH_VAT_FLUSH_EVERY", "x")
+    with pytest.raises(ConfigurationError, match="FLUSH_EVERY"):
+        Vat.from_env()
+    monkeypatch.setenv("LANGGRAPH_VAT_FLUSH_EVERY", "3")
+    with Vat.from_env() as vat:
+        for _ in range(3):
+            vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
+        assert _stored(postgres_url) == 3
+
+
+def test_a_schema_of_its_own(postgres_url, redis_url):
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA agents")
+    with Vat.connect(postgres_url, redis_url, schema="agents", flush_every=1) as vat:
+        vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
+    with psycopg.connect(postgres_url) as connection:
+        count = connection.execute("SELECT count(*) FROM agents.checkpoints").fetchone()
+        assert count == (1,)
