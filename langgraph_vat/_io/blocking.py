@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import psycopg
 import redis
 from langchain_core.embeddings import Embeddings
-from psycopg_pool import ConnectionPool
 
 from langgraph_vat._io.mapping import is_repeatable, map_postgres, map_redis
+from langgraph_vat._io.pool import BlockingPool
 from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class BlockingSession:
 class BlockingDurable:
     """Postgres through a pool of blocking connections, shared by all threads."""
 
-    def __init__(self, pool: ConnectionPool[Connection]) -> None:
+    def __init__(self, pool: BlockingPool) -> None:
         self._pool = pool
 
     async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:

@@ -17,12 +17,11 @@ import psycopg
 import redis
 import redis.asyncio
 from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import ConnectionPool
 from redis.backoff import NoBackoff
 
 from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
 from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
-from langgraph_vat._io.pool import AsyncioPool
+from langgraph_vat._io.pool import AsyncioPool, BlockingPool
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 from langgraph_vat.settings import Settings
 
@@ -52,7 +51,7 @@ class Connections:
         self._kwargs = _connection_kwargs(postgres, settings, schema)
         self._lock = threading.Lock()
         self._closed = False
-        self._blocking: tuple[BlockingBackend, ConnectionPool[Any], Any] | None = None
+        self._blocking: tuple[BlockingBackend, BlockingPool, Any] | None = None
         self._asyncio: WeakKeyDictionary[
             asyncio.AbstractEventLoop,
             asyncio.Future[tuple[AsyncioBackend, AsyncGenerator[None]]],
@@ -124,14 +123,13 @@ class Connections:
             )
             raise ConfigurationError(msg)
 
-    def _open_blocking(self) -> tuple[BlockingBackend, ConnectionPool[Any], Any]:
+    def _open_blocking(self) -> tuple[BlockingBackend, BlockingPool, Any]:
         try:
             psycopg.connect(self._postgres, **self._kwargs).close()
         except psycopg.OperationalError as error:
             raise self._no_postgres() from error
-        pool: ConnectionPool[Any] = ConnectionPool(
-            self._postgres, kwargs=self._kwargs, open=True, **_pool_kwargs(self._settings)
-        )
+        settings = self._settings
+        pool = BlockingPool(self._postgres, self._kwargs, settings.pool_size, settings.timeout_s)
         client = None
         if self._redis is not None:
             url, is_cluster = _redis_url(self._redis)
@@ -198,10 +196,6 @@ def _connection_kwargs(postgres: str, settings: Settings, schema: str | None) ->
         path = f"-c search_path={schema},public"
         kwargs["options"] = f"{given.get('options', '')} {path}".strip()
     return kwargs
-
-
-def _pool_kwargs(settings: Settings) -> dict[str, Any]:
-    return {"min_size": 1, "max_size": settings.pool_size, "timeout": settings.timeout_s}
 
 
 def _redis_kwargs(settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import psycopg
 import redis
 
+from langgraph_vat._io.pool import PoolTimeoutError
 from langgraph_vat._io.protocols import HotTierError
 from langgraph_vat.errors import SchemaError, UnavailableError
 
@@ -25,7 +26,7 @@ def is_repeatable(error: psycopg.OperationalError) -> bool:
         return True
     if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown):
         return True
-    return error.sqlstate is None and not type(error).__module__.startswith("psycopg_pool")
+    return error.sqlstate is None and not isinstance(error, PoolTimeoutError)
 
 
 @contextmanager

@@ -365,7 +365,7 @@ async def _renew(shared: Shared, backend: Backend, new: Put | PutWrites, known: 
             return present
         if isinstance(new, Put) and await _has_parent(shared, backend, new):
             return present
-    raise _deleted(new.thread_id)
+    raise _deleted(shared, new.thread_id)
 
 
 async def _known_to_put(shared: Shared, backend: Backend, new: Put) -> Known:
@@ -374,17 +374,17 @@ async def _known_to_put(shared: Shared, backend: Backend, new: Put) -> Known:
         return known
     known = await find(shared, backend, new.thread_id, create=not new.parent_id)
     if known is None or (new.parent_id and not await _has_parent(shared, backend, new)):
-        raise _deleted(new.thread_id)
+        raise _deleted(shared, new.thread_id)
     return known
 
 
 async def _known_to_write(shared: Shared, backend: Backend, new: PutWrites) -> Known:
     if shared.threads.is_gone(new.thread_id):
-        raise _deleted(new.thread_id)
+        raise _deleted(shared, new.thread_id)
     known = shared.threads.get(new.thread_id)
     known = known or await find(shared, backend, new.thread_id, create=True)
     if known is None:
-        raise _deleted(new.thread_id)
+        raise _deleted(shared, new.thread_id)
     return known
 
 
@@ -408,7 +408,9 @@ def _refuse_quarantined(shared: Shared, thread_id: str) -> None:
         raise QuarantinedError(msg) from cause
 
 
-def _deleted(thread_id: str) -> ThreadDeletedError:
+def _deleted(shared: Shared, thread_id: str) -> ThreadDeletedError:
+    # Remembered until the thread is read again, or begun anew: its writes come late, too.
+    shared.threads.set(thread_id, None)
     return ThreadDeletedError(
         f"thread {thread_id!r} does not have the checkpoint that this step follows: it was deleted"
         " meanwhile. Nothing was stored and nothing came back. A step without a parent checkpoint"

@@ -1,0 +1,310 @@
+"""
+The interleavings that break a two-tier saver, each made to happen.
+
+Two saver objects on the same servers are two processes. A faulty backend dies
+between any two calls to a server: what it leaves behind must be enough.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.base.id import uuid6
+
+from langgraph_vat import HybridSaver, ThreadDeletedError, UnavailableError
+from langgraph_vat._hot import scripts
+
+
+class Death(BaseException):
+    """The process was killed."""
+
+
+class Faulty:
+    """Forwards a backend's verbs; dies before or after the n-th of them."""
+
+    def __init__(self, backend: Any, dies_at: int, *, after: bool) -> None:
+        self.backend, self.left, self.after = backend, dies_at, after
+        self.durable = self._wrap(backend.durable, ("transact", "fetch"))
+        self.hot = self._wrap(backend.hot, ("script", "read_each"))
+        self.sleep = backend.sleep
+
+    def _wrap(self, tier: Any, names: tuple[str, ...]) -> Any:
+        return SimpleNamespace(**{name: self._verb(getattr(tier, name)) for name in names})
+
+    def _verb(self, verb: Any) -> Any:
+        async def call(*args: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and not self.after:
+                raise Death
+            answer = await verb(*args)
+            if self.left == 0:
+                raise Death
+            return answer
+
+        return call
+
+
+@pytest.fixture
+def process(postgres_url, redis_url):
+    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
+    made: list[HybridSaver] = []
+
+    def start(flush_every: int = 50) -> HybridSaver:
+        options: Any = {"redis": redis_url, "flush_every": flush_every, "flush_after": 600.0}
+        saver = HybridSaver.from_conn_string(postgres_url, **options)
+        saver._life._flusher.stop()
+        saver.setup()
+        made.append(saver)
+        return saver
+
+    yield start
+    for saver in made:
+        saver._shared.copies._threads.clear()
+        saver.close()
+
+
+@pytest.fixture
+def client(redis_url):
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+def kill(saver: HybridSaver) -> None:
+    saver._shared.copies._threads.clear()
+
+
+def at(thread: str = "t", checkpoint_id: str | None = None) -> Any:
+    found = {"thread_id": thread, "checkpoint_ns": ""}
+    return {"configurable": found | ({"checkpoint_id": checkpoint_id} if checkpoint_id else {})}
+
+
+def put(saver: HybridSaver, parent: Any = None, value: Any = 0, thread: str = "t") -> Any:
+    """Put a child of `parent` whose channel has a new value; return its config."""
+    checkpoint = {**empty_checkpoint(), "id": str(uuid6())}
+    versions = {"a": saver.get_next_version(None, None), "kept": "1"}
+    checkpoint["channel_values"] = {"a": value, "kept": "kept"}
+    checkpoint["channel_versions"] = versions
+    new = versions if parent is None else {"a": versions["a"]}
+    return saver.put(parent or at(thread), checkpoint, {"step": value, "run_id": f"r{value}"}, new)
+
+
+def values(saver: HybridSaver, thread: str = "t") -> list[Any]:
+    return [found.checkpoint["channel_values"]["a"] for found in saver.list(at(thread))]
+
+
+def rows(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT count(*) FROM checkpoints").fetchone()[0]
+
+
+def is_whole(saver: HybridSaver) -> bool:
+    """Whether every checkpoint has its values and its parent."""
+    found = list(saver.list(at()))
+    ids = {one.checkpoint["id"] for one in found}
+    return all(
+        one.checkpoint["channel_values"].get("kept") == "kept"
+        and (one.parent_config is None or one.parent_config["configurable"]["checkpoint_id"] in ids)
+        for one in found
+    )
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("flush_every", [1, 3])
+def test_killed_between_any_two_calls_nothing_acknowledged_is_lost(process, flush_every, after):
+    for dies_at in range(1, 200):
+        thread = f"t{dies_at}"
+        saver = process(flush_every)
+        faulty = Faulty(saver._life.connections.blocking(), dies_at, after=after)
+        saver._life.blocking = lambda faulty=faulty: faulty
+        acknowledged, config = [], None
+        try:
+            for step in range(4):
+                config = put(saver, config, step, thread)
+                acknowledged.append(step)
+                saver.put_writes(config, [("a", step)], "task")
+            died = False
+        except Death:
+            died = True
+        kill(saver)
+        fresh = process()
+        kept = values(fresh, thread)
+        assert kept[-len(acknowledged) :] == acknowledged[::-1] if acknowledged else True
+        assert kept == sorted(kept, reverse=True)
+        latest = fresh.get_tuple(at(thread))
+        assert (latest.checkpoint["channel_values"]["a"] if latest else None) == max(
+            kept, default=None
+        )
+        saver.close()
+        fresh.close()
+        if not died:
+            break
+    assert dies_at >= 10  # it did die at every call before
+
+
+def test_redis_loses_its_memory_and_the_writers_copies_save_the_step(process, client):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    put(saver, config, 2)
+    client.flushall()
+    saver.flush()
+    assert values(other) == [2, 1]
+    assert other.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
+
+
+def test_a_head_filled_before_the_copies_arrived_is_not_served_after(process, client):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    put(saver, config, 2)
+    client.delete(*client.keys("*}:*"))
+    other._shared.state.read_at = float("-inf")
+    other.get_tuple(at())  # may be 1: Redis has just lost its memory
+    saver.flush()
+    assert other.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
+
+
+def test_a_late_child_of_a_deleted_thread_is_refused(process, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    other.delete_thread("t")
+    for late in (lambda: put(saver, config, 2), lambda: saver.put_writes(config, [("a", 1)], "x")):
+        with pytest.raises(ThreadDeletedError):
+            late()
+    assert saver.get_tuple(at()) is None
+    saver.flush()
+    assert rows(postgres_url) == 0
+    put(saver, None, 3)
+    assert values(other) == [3]
+
+
+def test_copies_and_journals_of_a_deleted_thread_stay_away(process, client, postgres_url):
+    saver, other = process(), process()
+    put(saver, None, 1)
+    journal = {key: client.dump(key) for key in client.keys("*}:j:*")}
+    other.delete_thread("t")
+    saver.flush()  # its own copies, of the generation that is gone
+    for key, dump in journal.items():  # a replica that lagged
+        client.restore(key, 0, dump)
+    client.zadd(saver._shared.keys.dirty("t"), {"t": 1})
+    process().flush()
+    assert rows(postgres_url) == 0
+    assert process().get_tuple(at()) is None
+
+
+def test_pruned_rows_stay_away_from_older_copies(process, client, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    config = put(saver, config, 2)
+    put(saver, config, 3)
+    other.prune(["t"])
+    assert rows(postgres_url) == 1
+    saver.flush()
+    assert rows(postgres_url) == 1
+    assert values(process()) == [3]
+
+
+def test_deleted_runs_stay_away_from_older_copies(process, client, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    put(saver, config, 2)
+    other.delete_for_runs(["r2"])
+    assert other.get_tuple(at()).checkpoint["channel_values"]["a"] == 1
+    saver.flush()
+    assert values(process()) == [1]
+
+
+def test_a_slow_fill_does_not_set_the_head_back(process, client):
+    slow, quick = process(), process()
+    config = put(slow, None, 1)
+    slow.flush()
+    client.delete(*client.keys("*}:h:*"))
+    backend = slow._life.connections.blocking()
+    overtaken = []
+
+    async def fetch(query: Any, params: Any = None) -> Any:
+        found = await backend.durable.fetch(query, params)
+        if "ORDER BY c.checkpoint_id DESC" in query and not overtaken:
+            overtaken.append(put(quick, config, 2))  # after the fill's read, before its script
+            quick.flush()
+            client.delete(*client.keys("*}:h:*"))
+        return found
+
+    durable = SimpleNamespace(fetch=fetch, transact=backend.durable.transact)
+    slow._life.blocking = lambda: SimpleNamespace(
+        durable=durable, hot=backend.hot, sleep=backend.sleep
+    )
+    slow.get_tuple(at())
+    assert overtaken
+    assert quick.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
+
+
+def test_the_head_is_missing_before_every_read(process, client):
+    saver, config = process(), None
+    for step in range(6):
+        config = put(saver, config, step)
+        client.delete(*client.keys("*}:h:*"))
+        assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == step
+
+
+def test_a_forks_head_never_mixes_versions(process):
+    saver, other = process(), process()
+    root = put(saver, None, 0)
+    put(saver, root, 1)
+    put(other, root, 2)
+    latest = saver.get_tuple(at()).checkpoint
+    assert latest["channel_values"] == {"a": 2, "kept": "kept"}
+    assert len(values(process())) == 3
+    assert is_whole(process())
+
+
+def test_a_thread_left_closed_by_a_dead_process_opens_again(process, client):
+    saver = process()
+    config = put(saver, None, 1)
+    meta = saver._shared.keys.meta("t")
+    fence = client.hget(meta, "f")
+    client.eval(scripts.CLOSE.source, 1, meta, fence)
+    put(saver, config, 2)
+    assert values(process()) == [2, 1]
+
+
+def test_a_torn_head_is_not_served(process, client):
+    saver = process()
+    put(saver, None, 1)
+    (head,) = client.keys("*}:h:*")
+    client.hset(head, "n:a", "another version")
+    assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 1
+
+
+def test_redis_goes_and_comes_back(own_redis, postgres_url):
+    options: Any = {"redis": own_redis.url, "flush_after": 600.0, "timeout_s": 2.0}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        config = put(saver, None, 1)
+        own_redis.kill()
+        config = put(saver, config, 2)
+        assert rows(postgres_url) == 2
+        assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
+        own_redis.start()
+        saver._shared.state.degraded_until = float("-inf")
+        assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
+        put(saver, config, 3)
+        assert values(saver) == [3, 2, 1]
+
+
+def test_postgres_goes_and_comes_back(own_postgres, redis_url):
+    options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 2.0, "flush_every": 2}
+    options["max_backlog"] = 4
+    with HybridSaver.from_conn_string(own_postgres.url, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, None, 1)
+        own_postgres.kill()
+        config = put(saver, config, 2)
+        config = put(saver, config, 3)
+        with pytest.raises(UnavailableError):
+            put(saver, config, 4)
+        with pytest.raises(UnavailableError):
+            list(saver.list(at()))
+        own_postgres.start()
+        assert values(saver)[-3:] == [3, 2, 1]
