@@ -35,7 +35,7 @@ class Lifecycle:
         interval_s = min(settings.flush_after / 4, settings.epoch_ttl_s / 2)
         self._flusher = Background("langgraph-vat flusher", interval_s, self._round)
         self._is_closed = False
-        atexit.register(self.close)
+        atexit.register(self._end)
 
     def blocking(self) -> Backend:
         """The backend for blocking callers."""
@@ -52,7 +52,7 @@ class Lifecycle:
         if self._is_closed:
             return
         self._is_closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._end)
         self._flusher.stop()
         waiting = self.shared.copies.older_than(0)
         if waiting:
@@ -61,6 +61,10 @@ class Lifecycle:
     def _start(self) -> None:
         if self.connections.is_hot and not self._is_closed:
             self._flusher.start()
+
+    def _end(self) -> None:
+        self.close()
+        self.connections.close()
 
     def _flush_last(self, waiting: list[str]) -> None:
         try:
