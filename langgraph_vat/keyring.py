@@ -100,9 +100,7 @@ class Keyring:
         """
         try:
             with Path(path).open("rb") as file:
-                if os.fstat(file.fileno()).st_mode & stat.S_IRWXO:
-                    msg = f"key file {path} is open to every user; chmod it to 600"
-                    raise ConfigurationError(msg)
+                _refuse_open_to_all(file.fileno(), path)
                 return cls(_parse(file.read().decode("ascii", "replace")))
         except OSError as error:
             raise ConfigurationError(
@@ -183,6 +181,11 @@ class Keyring:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Keyring holds secrets and cannot be copied or pickled")
+
+
+def _refuse_open_to_all(descriptor: int, path: str | Path) -> None:
+    if os.fstat(descriptor).st_mode & stat.S_IRWXO:
+        raise ConfigurationError(f"key file {path} is open to every user; chmod it to 600")
 
 
 def _refuse_unusable(key_id: str, key: bytes) -> None:

@@ -211,7 +211,7 @@ def test_a_key_is_32_bytes(key):
 @pytest.mark.parametrize("secret", [OLD, BOTH, DataKey(b"12345678", K1)], ids=str)
 def test_a_secret_cannot_be_printed_copied_or_pickled(secret):
     stream = io.StringIO()
-    logger = logging.Logger("silence")
+    logger = logging.getLogger("silence")
     logger.addHandler(logging.StreamHandler(stream))
     logger.error("%s %r", secret, secret)
     shown = stream.getvalue() + f"{secret} {secret!r} {[secret]} { {'a': secret} }"
