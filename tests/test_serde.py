@@ -101,7 +101,7 @@ def test_every_changed_bit_and_length_is_refused(ring):
 
 def test_relabelled_or_unsealed_data_is_refused(ring):
     sealed = EncryptedSerializer(ring)
-    type_, data = sealed.dumps_typed(b"\x80")
+    _, data = sealed.dumps_typed(b"\x80")
     for other in ("msgpack", "bytearray", "null", "json", "pickle", "", "bytes" + SUFFIX, "\ud800"):
         with pytest.raises(SealError):
             sealed.loads_typed((other + SUFFIX, data))
