@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from langgraph.graph import START, StateGraph
 
-from langgraph_vat import HybridSaver, Keyring, SealError
+from langgraph_vat import HybridSaver, Keyring, SealError, SemanticStore
 
 KEYRING = Keyring.generate()
 
@@ -107,3 +107,31 @@ def test_plaintext_beside_the_sealed_values_is_refused(written, redis_url, state
     forge(written, statement)
     with pytest.raises(SealError):
         read(written, keyring=KEYRING, redis=redis_url if has_redis else None)
+
+
+ITEM_FORGERIES = {
+    "another key's value": (
+        "UPDATE store s SET vat_value = o.vat_value FROM store o WHERE s.key <> o.key"
+    ),
+    "plaintext": """UPDATE store SET vat_type = NULL, vat_value = NULL, value = '{"a": 0}'""",
+    "a plain type": "UPDATE store SET vat_type = 'msgpack', vat_value = '\\x80'",
+    "nothing": "UPDATE store SET vat_value = NULL",
+    "another namespace": "UPDATE store SET prefix = 'users.v'",
+    "another root": "UPDATE store SET prefix = 'people'",
+    "no data key": "DELETE FROM vat_store_keys",
+}
+
+
+@pytest.mark.parametrize("statement", ITEM_FORGERIES.values(), ids=ITEM_FORGERIES)
+def test_a_forged_item_is_refused(postgres_url, statement):
+    with SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as store:
+        for number, key in enumerate("kl"):
+            store.put(("users", "u"), key, {"a": number})
+        assert [item.value["a"] for item in store.search(("users",))].count(1) == 1
+    forge(postgres_url, statement)
+    with SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as store:
+        for root in ("users", "people"):
+            if not store.list_namespaces(prefix=(root,)):
+                continue
+            with pytest.raises(SealError):
+                store.search((root,))
