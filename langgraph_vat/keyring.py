@@ -18,7 +18,6 @@ is found by its id, never by trying.
 """
 
 import base64
-import binascii
 import os
 import re
 import stat
@@ -80,12 +79,15 @@ class Keyring:
         Raises:
             ConfigurationError: It is not set, or a key in it is unusable.
         """
-        text = os.environ.get(variable)
-        if not text:
+        if not os.environ.get(variable):
             raise ConfigurationError(
                 f"environment variable {variable} is not set; give it id:base64 keys"
             )
-        return cls(_parse(text))
+        try:
+            return cls(_parse(os.environ[variable]))
+        except ConfigurationError as error:
+            # Tools that report the variables of each frame would report keys.
+            raise error.with_traceback(None) from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -97,14 +99,16 @@ class Keyring:
                 in it is unusable.
         """
         try:
-            text, mode = Path(path).read_text(), Path(path).stat().st_mode
-        except (OSError, UnicodeDecodeError) as error:
+            with Path(path).open("rb") as file:
+                _refuse_open_to_all(file.fileno(), path)
+                return cls(_parse(file.read().decode("ascii", "replace")))
+        except OSError as error:
             raise ConfigurationError(
                 f"key file {path} cannot be read: {type(error).__name__}"
             ) from None
-        if mode & stat.S_IRWXO:
-            raise ConfigurationError(f"key file {path} is open to every user; chmod it to 600")
-        return cls(_parse(text))
+        except ConfigurationError as error:
+            # Tools that report the variables of each frame would report keys.
+            raise error.with_traceback(None) from None
 
     def save(self, path: str | Path) -> None:
         """Write the text form, secrets included, to a new file that only its owner may read."""
@@ -179,9 +183,16 @@ class Keyring:
         raise TypeError("a Keyring holds secrets and cannot be copied or pickled")
 
 
+def _refuse_open_to_all(descriptor: int, path: str | Path) -> None:
+    if os.fstat(descriptor).st_mode & stat.S_IRWXO:
+        raise ConfigurationError(f"key file {path} is open to every user; chmod it to 600")
+
+
 def _refuse_unusable(key_id: str, key: bytes) -> None:
     if not _ID.fullmatch(key_id):
         raise ConfigurationError("a key id must be 1 to 32 letters, digits, '_' or '-'")
+    if not isinstance(key, bytes | bytearray):
+        raise ConfigurationError(f"key {key_id!r} is {type(key).__name__} and must be bytes")
     if len(key) != _KEY_BYTES:
         raise ConfigurationError(f"key {key_id!r} has {len(key)} bytes and must have {_KEY_BYTES}")
     if len(set(key)) == 1:
@@ -189,15 +200,18 @@ def _refuse_unusable(key_id: str, key: bytes) -> None:
 
 
 def _parse(text: str) -> list[tuple[str, bytes]]:
-    keys = []
-    for item in re.split(r"[,\s]+", text.strip()):
-        key_id, separator, encoded = item.partition(":")
-        if not separator:
-            raise ConfigurationError(
-                "a key must be written as id:base64, with a base64 of 32 bytes"
-            )
-        try:
-            keys.append((key_id, base64.b64decode(encoded, validate=True)))
-        except binascii.Error:
-            raise ConfigurationError(f"key {key_id[:32]!r} is not valid base64") from None
-    return keys
+    return [_parse_key(item) for item in re.split(r"[,\s]+", text) if item]
+
+
+def _parse_key(item: str) -> tuple[str, bytes]:
+    key_id, separator, encoded = item.partition(":")
+    # What is no id is not named either: it may be the key, in the id's place.
+    if not separator or not _ID.fullmatch(key_id):
+        raise ConfigurationError(
+            "a key must be written as id:base64, with an id of 1 to 32 letters, digits, '_' or '-'"
+            " and the base64 of 32 bytes"
+        )
+    try:
+        return key_id, base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise ConfigurationError(f"key {key_id!r} is not valid base64") from None

@@ -62,6 +62,7 @@ class EncryptedSerializer(SerializerProtocol):
         """
         type_, message = data
         inner = opened_type(type_)
+        message = message or b""
         length = 2 + int.from_bytes(message[:2])
         key = self._key(bytes(message[2:length]))
         bound = associated_data("serializer", inner)

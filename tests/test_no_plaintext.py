@@ -9,7 +9,7 @@ in the encodings in which text hides. Unsealed, the same search finds it.
 import base64
 import logging
 import operator
-import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -20,7 +20,7 @@ from langchain_core.messages import HumanMessage
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, Send, interrupt
 
-from langgraph_vat import Keyring, Vat
+from langgraph_vat import Keyring, SealError, Vat
 
 DOORS = (
     "message", "channel", "metadata", "configurable", "interrupt", "resume", "send", "exception",
@@ -94,14 +94,18 @@ def _bytes_on_disk(path: Path, vat: Vat) -> bytes:
         connection.execute("SELECT pg_switch_wal()")
         connection.execute("CHECKPOINT")
     with redis.Redis.from_url(vat.redis) as client:
-        keys = client.keys("*")
-        alive = b"".join(client.dump(key) or b"" for key in keys)
-        client.bgrewriteaof()
-        while client.info("persistence")["aof_rewrite_in_progress"]:
-            time.sleep(0.05)
-    # Redis compresses nothing in its append-only file but the rewritten preamble.
+        # The file holds every command as it was sent; only a rewrite would compress it.
+        assert client.info("persistence")["aof_enabled"]
     files = [file for file in path.rglob("*") if file.is_file()]
-    return alive + b"".join(file.read_bytes() for file in files)
+    return b"".join(file.read_bytes() for file in files)
+
+
+def _files(path: Path, directory: str) -> bytes:
+    return b"".join(
+        file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and any(directory in part for part in file.relative_to(path).parts)
+    )
 
 
 def _found(haystack: bytes) -> set[str]:
@@ -111,7 +115,9 @@ def _found(haystack: bytes) -> set[str]:
         forms = (
             raw,
             marker(door).encode("utf-16-le"),
+            marker(door).encode("utf-16-be"),
             raw.hex().encode(),
+            raw.hex().upper().encode(),
             *(base64.b64encode(b"x" * pad + raw)[4:-4] for pad in range(3)),
         )
         if any(form in haystack for form in forms):
@@ -128,6 +134,10 @@ def test_markers_are_nowhere_in_the_clear(own_directory, caplog, is_sealed):
     with Vat.embedded(path, keyring=keyring, flush_every=3, flush_after=60.0) as vat:
         _use_every_door(vat)
         haystack += _bytes_on_disk(path, vat)
+        if not is_sealed:
+            # Either server's files alone give it away: both are really searched.
+            assert _found(_files(path, "appendonly")) >= {"message", "channel", "interrupt", "send"}
+            assert _found(_files(path, "pg_wal")) >= set(DOORS) - {"update-state"}
     haystack += b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
     assert b"thread-in-the-clear" in haystack  # the search does find things
     if is_sealed:
@@ -135,3 +145,31 @@ def test_markers_are_nowhere_in_the_clear(own_directory, caplog, is_sealed):
         assert "MARKER" not in caplog.text
     else:
         assert _found(haystack) == set(DOORS)
+
+
+def test_a_refusal_repeats_nothing_that_was_typed(postgres_url, caplog):
+    caplog.set_level(logging.DEBUG)
+    keyring = Keyring.generate()
+    with Vat.connect(postgres_url, keyring=keyring) as vat:
+        _use_every_door(vat)
+    with psycopg.connect(postgres_url) as connection:
+        for table, column in (("checkpoint_blobs", "blob"), ("store", "vat_value")):
+            connection.execute(f"UPDATE {table} SET {column} = {column} || '\\x00'")
+    caplog.clear()
+    config: Any = {"configurable": {"thread_id": "thread-in-the-clear"}}
+    with Vat.connect(postgres_url, keyring=keyring) as vat:
+        refused = [_error(lambda: vat.checkpointer.get_tuple(config))]
+        refused += [_error(lambda: vat.store.get(("who",), "k"))]
+        refused += [_error(lambda: vat.store.search(("who",)))]
+    with Vat.connect(postgres_url) as vat:
+        refused += [_error(lambda: vat.checkpointer.get_tuple(config))]
+        refused += [_error(lambda: vat.store.get(("who",), "k"))]
+    assert all(isinstance(error, SealError) for error in refused)
+    shown = "".join(line for error in refused for line in traceback.format_exception(error))
+    assert "MARKER" not in shown + caplog.text
+
+
+def _error(operation: Any) -> BaseException:
+    with pytest.raises(SealError) as raised:
+        operation()
+    return raised.value

@@ -78,7 +78,7 @@ def opened_type(type_: str) -> str:
     Raises:
         SealError: There is no seal.
     """
-    if not type_.endswith(SUFFIX):
+    if not (type_ or "").endswith(SUFFIX):
         raise SealError(
             "data that must be sealed is not. It was not used: whoever writes to the database may"
             " have put it there. Restore it, or copy old unsealed data with an unsealed saver."

@@ -88,7 +88,8 @@ class DataKey:
         Raises:
             SealError: Anything differs, by as much as a bit.
         """
-        view = memoryview(sealed)
+        # What whoever writes to the database set to NULL is refused like all else.
+        view = memoryview(sealed or b"")
         if len(view) < _NONCE_END + _TAG_BYTES or view[:_HEADER_BYTES] != self._header:
             raise SealError(_REFUSED)
         nonce, body = view[_HEADER_BYTES:_NONCE_END], view[_NONCE_END:]
