@@ -100,7 +100,6 @@ BESIDE = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="the readable JSON of a sealed checkpoint is trusted")
 @pytest.mark.parametrize("has_redis", [False, True], ids=["durable", "hot"])
 @pytest.mark.parametrize("statement", BESIDE.values(), ids=BESIDE)
 def test_plaintext_beside_the_sealed_values_is_refused(written, redis_url, statement, has_redis):

@@ -25,7 +25,8 @@ from langgraph_vat._ops.threads import find
 from langgraph_vat._ops.tiers import degrade, hot_to_read
 from langgraph_vat._ops.values import READABLE_METADATA, load_blob, load_write, to_tuple
 from langgraph_vat._records import Blob, Snapshot, Write
-from langgraph_vat._seal.codec import Codec
+from langgraph_vat._seal.codec import Codec, SealedCodec
+from langgraph_vat.errors import SealError
 
 _PAGE = 100
 
@@ -191,6 +192,10 @@ def _history(
             steps.setdefault(depth, []).append((owner, write))
         elif kind == "blob":
             entry["seed"] = load_blob(codec, checkpoint_ns, Blob(channel, owner, type_, data))
+        elif isinstance(codec, SealedCodec):
+            raise SealError(
+                f"a value of channel {channel!r} must be sealed and is not; it was not used"
+            )
         else:
             entry.setdefault("seed", inline)
     for depth in sorted(steps, reverse=True):

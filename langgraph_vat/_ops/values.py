@@ -25,6 +25,7 @@ from langgraph.checkpoint.base import (
 from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
+from langgraph_vat.errors import SealError
 
 # What a sealed checkpoint still shows: LangGraph's own bookkeeping, without
 # which nothing could be listed, joined or pruned in SQL.
@@ -54,7 +55,7 @@ def encode_core(
     }
     rest = {k: v for k, v in checkpoint.items() if k != "channel_values" and k not in hidden}
     exact_type, exact = "", b""
-    if hidden or len(shown) < len(metadata):
+    if is_sealed or hidden or len(shown) < len(metadata):
         exact_type, exact = codec.dump([dict(metadata), hidden], "metadata", *place)
     return Core(orjson.dumps(rest), orjson.dumps(shown), exact_type, exact)
 
@@ -150,6 +151,25 @@ def load_write(codec: Codec, checkpoint_ns: str, checkpoint_id: str, write: Writ
     return codec.load(write.type, write.data, *place)
 
 
+def refuse_plaintext(snapshot: Snapshot, codec: Codec) -> None:
+    """
+    Refuse a sealed checkpoint whose readable part holds what we never leave there.
+
+    Raises:
+        SealError: It has a value, metadata or a field in the clear.
+    """
+    is_clean = (
+        snapshot.exact_type
+        and not snapshot.inline
+        and snapshot.checkpoint.keys() <= _CHECKPOINT_KEYS
+    )
+    if isinstance(codec, SealedCodec) and not is_clean:
+        raise SealError(
+            f"checkpoint {snapshot.checkpoint_id} must be sealed and has parts in the clear. It was"
+            " not used: whoever writes to the database may have put them there. Restore it."
+        )
+
+
 def load_exact(codec: Codec, snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the whole metadata, and what else the checkpoint carried."""
     if not snapshot.exact_type:
@@ -161,6 +181,7 @@ def load_exact(codec: Codec, snapshot: Snapshot) -> tuple[dict[str, Any], dict[s
 
 def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTuple:
     """Return what LangGraph reads, for the thread id by which the caller knows it."""
+    refuse_plaintext(snapshot, codec)
     ns, checkpoint_id = snapshot.checkpoint_ns, snapshot.checkpoint_id
     metadata, hidden = load_exact(codec, snapshot)
     values = dict(snapshot.inline)
