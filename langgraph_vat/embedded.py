@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from stat import S_IMODE, S_ISDIR
 from types import TracebackType
 from typing import Self
 
@@ -277,12 +278,18 @@ def _socket_directory(path: Path) -> Path:
     """
     digest = sha256(str(path).encode()).hexdigest()[:16]
     directory = Path(tempfile.gettempdir()) / f"langgraph-vat-{os.geteuid()}-{digest}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if os.geteuid() == 0 and directory.stat().st_uid == 0:
-        _give_to_user(directory)
-    if directory.stat().st_uid not in (os.geteuid(), _user_id()):
-        msg = f"{directory} belongs to another user; remove it, or set TMPDIR to a place of yours"
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    # Anybody may make names in a shared temporary directory: a link must not be followed.
+    found = directory.lstat()
+    is_ours = S_ISDIR(found.st_mode) and found.st_uid in (os.geteuid(), _user_id())
+    if not is_ours or S_IMODE(found.st_mode) & 0o077:
+        msg = (
+            f"{directory} is not a private directory of this user; nothing was changed; "
+            "remove it, or set TMPDIR to a place of yours"
+        )
         raise ConfigurationError(msg)
+    _give_to_user(directory)
     return directory
 
 

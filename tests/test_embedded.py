@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import redis
 
 from langgraph_vat import ConfigurationError, UnavailableError
-from langgraph_vat.embedded import EmbeddedServers
+from langgraph_vat.embedded import EmbeddedServers, _socket_directory
 
 USER = """
 import sys, time
@@ -128,3 +129,21 @@ def test_a_server_that_does_not_start_says_why(own_directory):
     (own_directory / "postgres" / "PG_VERSION").write_text("12\n")
     with pytest.raises(UnavailableError, match=r"not compatible|incompatible"):
         EmbeddedServers.start(own_directory)
+
+
+@pytest.mark.parametrize("planted", ["link", "open"])
+def test_a_planted_socket_directory_is_refused(tmp_path, monkeypatch, planted):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = _socket_directory(tmp_path / "data")
+    directory.rmdir()
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    if planted == "link":
+        directory.symlink_to(victim)
+    else:
+        directory.mkdir()
+        directory.chmod(0o777)
+    owner = victim.stat().st_uid
+    with pytest.raises(ConfigurationError, match="not a private directory"):
+        _socket_directory(tmp_path / "data")
+    assert victim.stat().st_uid == owner
