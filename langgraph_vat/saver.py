@@ -4,7 +4,6 @@ import asyncio
 import copy
 import secrets
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from langchain_core.runnables import RunnableConfig
@@ -21,6 +20,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
+from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Lifecycle
 from langgraph_vat._ops import history, hot, retention
@@ -36,7 +36,7 @@ from langgraph_vat.serde import EncryptedSerializer
 from langgraph_vat.settings import Settings
 
 
-class HybridSaver(BaseCheckpointSaver[str]):
+class HybridSaver(Managed, BaseCheckpointSaver[str]):
     """
     A checkpointer: hot in Redis, durable in Postgres.
 
@@ -148,30 +148,6 @@ class HybridSaver(BaseCheckpointSaver[str]):
         """Like `close`, with the connections of the running event loop."""
         await asyncio.to_thread(self._life.close)
         await self._life.connections.aclose()
-
-    def __enter__(self) -> Self:
-        self.setup()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        await self.asetup()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     # --- views -----------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """LangGraph's store on Postgres and pgvector: each method pair is one operation."""
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -10,6 +9,7 @@ from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
 
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
+from langgraph_vat._io.managed import Managed
 from langgraph_vat._ops import items
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import setup_items
@@ -18,7 +18,7 @@ from langgraph_vat.serde import EncryptedSerializer
 from langgraph_vat.settings import Settings
 
 
-class SemanticStore(BaseStore):
+class SemanticStore(Managed, BaseStore):
     """
     A store: items by namespace and key, filtered by field, found by meaning.
 
@@ -123,27 +123,3 @@ class SemanticStore(BaseStore):
     async def aclose(self) -> None:
         """Like `close`, with the connections of the running event loop."""
         await self._connections.aclose()
-
-    def __enter__(self) -> Self:
-        self.setup()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        await self.asetup()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()

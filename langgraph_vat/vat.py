@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.store.base import IndexConfig, TTLConfig
 
 from langgraph_vat._io.connections import Connections
+from langgraph_vat._io.managed import Managed
 from langgraph_vat.embedded import EmbeddedServers
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
@@ -17,7 +17,7 @@ from langgraph_vat.settings import Settings
 from langgraph_vat.store import SemanticStore
 
 
-class Vat:
+class Vat(Managed):
     """
     A checkpointer and a store over one Postgres and one Redis.
 
@@ -181,38 +181,6 @@ class Vat:
         await self.store.aclose()
         if self._servers is not None:
             self._servers.stop()
-
-    def __enter__(self) -> Self:
-        try:
-            self.setup()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.asetup()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
 
 def _numbers_from_env() -> dict[str, Any]:
