@@ -87,7 +87,7 @@ USING {} (embedding {}){}""")
     return statements
 
 
-FIND_KEY: LiteralString = "SELECT data_key FROM vat_store_keys WHERE root = %(root)s"
+FIND_KEYS: LiteralString = "SELECT root, data_key FROM vat_store_keys WHERE root = ANY(%(roots)s)"
 
 # Of two processes that add a key at once, both get the first one's.
 ADD_KEY: LiteralString = """
@@ -95,7 +95,8 @@ INSERT INTO vat_store_keys (root, data_key) VALUES (%(root)s, %(data_key)s)
 ON CONFLICT (root) DO UPDATE SET root = excluded.root RETURNING data_key
 """
 
-_ITEM: LiteralString = """
+PLACE: LiteralString = "s.prefix, s.key"
+ITEM: LiteralString = """
 s.prefix, s.key, s.value, s.vat_type, s.vat_value, s.created_at, s.updated_at,
 s.vat_ttl IS NOT NULL OR s.ttl_minutes IS NOT NULL"""
 _ALIVE: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
@@ -103,7 +104,7 @@ _ALIVE: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
 # By primary key, one lookup an item.
 GET: LiteralString = (
     "SELECT"
-    + _ITEM
+    + ITEM
     + """
 FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
 JOIN store s ON s.prefix = n.prefix AND s.key = n.key
@@ -181,28 +182,25 @@ COUNT: LiteralString = (
 )
 
 LIST: LiteralString = (
-    "SELECT"
-    + _ITEM
-    + ", NULL::float8 FROM store s WHERE "
+    "SELECT {columns}, NULL::float8 FROM store s WHERE "
     + _SCOPE
     + """ AND {filter}
 ORDER BY s.updated_at DESC, s.prefix, s.key LIMIT %(limit)s OFFSET %(offset)s"""
 )
 
-# Every candidate's best vector, then those without any.
+# Every candidate's best vector, then those without any. By cosine a vector of zeros is as none.
 EXACT: LiteralString = (
     """
 WITH candidates AS MATERIALIZED (SELECT s.prefix, s.key FROM store s WHERE """
     + _SCOPE
     + """ AND {filter}),
 scored AS MATERIALIZED (
-    SELECT v.prefix, v.key, min(v.embedding {operator} %(query)s::{type}) AS distance
+    SELECT v.prefix, v.key,
+        nullif(min(v.embedding {operator} %(query)s::{type}), 'NaN') AS distance
     FROM candidates c JOIN store_vectors v ON v.prefix = c.prefix AND v.key = c.key
     GROUP BY v.prefix, v.key
 )
-SELECT"""
-    + _ITEM
-    + """, d.distance
+SELECT {columns}, d.distance
 FROM candidates c
 JOIN store s ON s.prefix = c.prefix AND s.key = c.key
 LEFT JOIN scored d ON d.prefix = c.prefix AND d.key = c.key
@@ -213,9 +211,8 @@ LIMIT %(limit)s OFFSET %(offset)s"""
 # Nearest vectors through the index, which goes on until enough pass the conditions.
 ITERATIVE_SCAN: LiteralString = "SET LOCAL hnsw.iterative_scan = strict_order"
 NEAREST: LiteralString = (
-    "SELECT"
-    + _ITEM
-    + """, v.embedding {operator} %(query)s::{type}
+    """
+SELECT {columns}, nullif(v.embedding {operator} %(query)s::{type}, 'NaN')
 FROM store_vectors v JOIN store s ON s.prefix = v.prefix AND s.key = v.key
 WHERE """
     + _SCOPE

@@ -35,7 +35,7 @@ from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.plain import is_plain, is_text
 from langgraph_vat._durable.rows import columns
-from langgraph_vat._io.protocols import Backend, Row, Session
+from langgraph_vat._io.protocols import Backend, Durable, Row, Session
 from langgraph_vat._ops import search
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._seal.associated_data import associated_data
@@ -46,6 +46,8 @@ from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import codec_for
 
 _MOST_BYTES = 2_000
+# The column's type is int; so many minutes are 4,083 years.
+_MOST_TTL = 2**31 - 1
 # Stands in the readable value for a field that JSON cannot hold: equal to nothing, but there.
 _HIDDEN = {"__vat__": "exact"}
 
@@ -119,6 +121,8 @@ def _checked(op: Op) -> Op:
         )
         op = op._replace(match_conditions=conditions)
         _check_page(op.limit, op.offset)
+        for condition in conditions:
+            _check_condition(condition)
     elif isinstance(op, SearchOp):
         op = op._replace(namespace_prefix=tuple(op.namespace_prefix))
         _check_page(op.limit, op.offset)
@@ -142,13 +146,21 @@ def _check_put(op: PutOp) -> None:
         raise InvalidInputError(
             f"a value must be a mapping, not {type(op.value).__name__}; nothing was written"
         )
-    if op.ttl is not None and op.ttl <= 0:
-        raise InvalidInputError("ttl must be more than 0 minutes; nothing was written")
+    if op.ttl is not None and not 0 < op.ttl <= _MOST_TTL:
+        raise InvalidInputError(
+            f"ttl must be more than 0 and at most {_MOST_TTL} minutes; nothing was written"
+        )
 
 
 def _check_page(limit: int, offset: int) -> None:
     if limit < 0 or offset < 0:
         raise InvalidInputError("limit and offset must not be negative; nothing was searched")
+
+
+def _check_condition(condition: MatchCondition) -> None:
+    if condition.match_type not in ("prefix", "suffix"):
+        raise InvalidInputError("match_type must be prefix or suffix; nothing was listed")
+    _check_length(condition.path, "")
 
 
 def _check_length(namespace: Sequence[str], key: str) -> None:
@@ -170,39 +182,37 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
     plan = _Plan(ops, {}, {}, {})
     if items.keyring is not None:
-        for root in {
-            op.namespace[0] for op in ops if isinstance(op, PutOp) and op.value is not None
-        }:
-            await _data_key(items, backend, root)
-        for (root,) in await _roots_read(items, backend, ops):
-            await _data_key(items, backend, root)
+        kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
+        for root in {op.namespace[0] for op in kept}:
+            await _add_key(items, backend, root)
     if items.index is not None:
         await _embed(items.index, backend, plan)
     return plan
 
 
-async def _roots_read(items: Items, backend: Backend, ops: list[Op]) -> list[Row]:
-    """Return the roots that the batch may read from and whose key is not open yet."""
-    reads = [op for op in ops if isinstance(op, GetOp | SearchOp)]
-    namespaces = [op.namespace if isinstance(op, GetOp) else op.namespace_prefix for op in reads]
-    if not reads or all(ns and ns[0] in items.data_keys for ns in namespaces):
-        return []
-    return await backend.durable.fetch("SELECT root FROM vat_store_keys")
-
-
-async def _data_key(items: Items, backend: Backend, root: str) -> DataKey:
-    """Return the data key of a root; one that is new is committed before it is used."""
-    known = items.data_keys.get(root)
-    if known is not None:
-        return known
-    assert items.keyring is not None
+async def _add_key(items: Items, backend: Backend, root: str) -> None:
+    """Have the data key of a root; one that is new is committed before it is used."""
+    await _open_keys(items, backend.durable, {root})
+    if items.keyring is None or root in items.data_keys:
+        return
     bound = associated_data("data key", "store", root)
-    found = await backend.durable.fetch(sql.FIND_KEY, {"root": root})
-    if not found:
-        wrapped = DataKey.generate().wrap(items.keyring, associated_data=bound)
-        found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
+    wrapped = DataKey.generate().wrap(items.keyring, associated_data=bound)
+    found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
     items.data_keys[root] = DataKey.unwrap(found[0][0], items.keyring, associated_data=bound)
-    return items.data_keys[root]
+
+
+async def _open_keys(items: Items, source: Session | Durable, roots: Iterable[str]) -> None:
+    """
+    Open the data keys of roots, as far as there are any.
+
+    Those and no others: what is wrong with one root stops nobody else.
+    """
+    missing = sorted(set(roots) - items.data_keys.keys())
+    if items.keyring is None or not missing:
+        return
+    for root, wrapped in await source.fetch(sql.FIND_KEYS, {"roots": missing}):
+        bound = associated_data("data key", "store", root)
+        items.data_keys[root] = DataKey.unwrap(wrapped, items.keyring, associated_data=bound)
 
 
 async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
@@ -211,21 +221,25 @@ async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
         if isinstance(op, PutOp) and op.value is not None and op.index is not False:
             texts.update(dict.fromkeys(index.texts(op.value, op.index).values()))
     queries = {op.query for op in plan.ops if isinstance(op, SearchOp) and op.query}
+    vectors, found, failure = [], {}, ""
     try:
         vectors = await backend.embed(index.embeddings, list(texts)) if texts else []
         found = {q: await backend.embed_query(index.embeddings, q) for q in sorted(queries)}
-    except Exception as error:
-        raise search.failed_to_embed(error) from error
-    literals = [index.literal(vector) for vector in vectors]
-    plan.vectors = dict(zip(texts, literals, strict=True))
-    plan.queries = {query: index.literal(vector) for query, vector in found.items()}
+    except Exception as error:  # noqa: BLE001 - an embedder may raise anything
+        failure = type(error).__name__
+    if failure:
+        # Raised out here, so that its message is not this one's context: it may quote the text.
+        raise search.failed_to_embed(failure)
+    plan.vectors = dict(zip(texts, index.literals(vectors, len(texts)), strict=True))
+    plan.queries = dict(zip(found, index.literals(list(found.values()), len(found)), strict=True))
 
 
 # --- writes ---------------------------------------------------------------------
 
 
 async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) -> None:
-    last = {(".".join(op.namespace), op.key): op for op in ops}
+    # Sorted: two batches that lock the same rows do so in the same order.
+    last = dict(sorted({(".".join(op.namespace), op.key): op for op in ops}.items()))
     kept = {place: op for place, op in last.items() if op.value is not None}
     gone = [place for place in last if place not in kept]
     if gone:
@@ -272,13 +286,17 @@ def _encode(
 
 
 def _codec(items: Items, prefix: str) -> Codec:
-    root = prefix.partition(".")[0]
+    root = _root(prefix)
     if items.keyring is not None and root not in items.data_keys:
         raise SealError(
             "an item that must be sealed is not: its namespace has no key. It was not used. Write"
             " it again through this store, or read it with an unsealed one."
         )
     return codec_for(items.serde, items.data_keys.get(root), "item", root)
+
+
+def _root(prefix: str) -> str:
+    return prefix.partition(".")[0]
 
 
 # --- reads ----------------------------------------------------------------------
@@ -297,6 +315,7 @@ async def _read(
 async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
     places = [(".".join(op.namespace), op.key) for op in ops]
     rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
+    await _open_keys(items, session, (_root(row[0]) for row in rows))
     found = {(row[0], row[1]): row for row in rows}
     wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
     await _refresh(session, [found[place] for place in wanted if place in found])
@@ -306,14 +325,16 @@ async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Res
 async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
     index = items.index
 
-    def is_match(row: Row) -> bool:
-        return matches(_decode(items, row)["value"], op.filter)
+    async def matching(rows: list[Row]) -> list[Row]:
+        await _open_keys(items, session, (_root(row[0]) for row in rows))
+        return [row for row in rows if matches(_decode(items, row)["value"], op.filter)]
 
     needs_opening = items.keyring is not None or not is_plain(op.filter or {})
     query = search.prepare(
-        op, index, plan.queries.get(op.query or ""), is_match if needs_opening else None
+        op, index, plan.queries.get(op.query or ""), matching if needs_opening else None
     )
     rows = await search.run(session, query)
+    await _open_keys(items, session, (_root(row[0]) for row in rows))
     if op.refresh_ttl:
         await _refresh(session, rows)
     return [
@@ -360,10 +381,6 @@ def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:
     path = condition.path
     if len(namespace) < len(path):
         return False
-    if condition.match_type == "prefix":
-        part = namespace[: len(path)]
-    elif condition.match_type == "suffix":
-        part = namespace[len(namespace) - len(path) :]
-    else:
-        raise InvalidInputError("match_type must be prefix or suffix; nothing was listed")
+    is_prefix = condition.match_type == "prefix"
+    part = namespace[: len(path)] if is_prefix else namespace[len(namespace) - len(path) :]
     return all(label in ("*", own) for label, own in zip(path, part, strict=True))

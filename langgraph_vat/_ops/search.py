@@ -2,20 +2,22 @@
 Search: which items, in which order.
 
 Without a query the order is total: last updated first. With one, the items
-with vectors come by the distance of their best one, then the others: pages
-over both show every match exactly once.
+with vectors come by the distance of their best one, then the others. The
+order is total, too: pages show every match exactly once.
 
-Where few items are in the namespace and pass the filter, all their vectors
-are compared: the answer is exact. Where there are many, the index is scanned
-until enough have passed; should it stop short, all are compared after all.
+Where few items are in the namespace and pass the filter, and on every page
+but the first, all their vectors are compared: the answer is exact. For the
+first page of many, the index is scanned until enough have passed; should it
+stop short, all are compared after all. The index may miss one of the nearest,
+so that page can differ by it from what the next one continues.
 
 Sealed values cannot be filtered in SQL. Their filter is applied to the opened
 values, in the same order, until the page is full.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, LiteralString, TypeAlias, cast
 
 from langgraph.store.base import IndexConfig, SearchOp
 from langgraph.store.base.embed import ensure_embeddings, get_text_at_path, tokenize_path
@@ -23,14 +25,19 @@ from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.filters import to_sql
+from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
 from langgraph_vat.errors import ConfigurationError, UnavailableError
+
+Matching: TypeAlias = Callable[[list[Row]], Awaitable[list[Row]]]
 
 # Up to so many candidates, comparing all is as quick as the index.
 _FEW = 10_000
 _PAGE = 200
 # pgvector indexes vectors up to these dimensions.
 _MOST_DIMS = {"vector": 2_000, "halfvec": 4_000}
+# Their greatest numbers.
+_MOST = {"vector": 3.4e38, "halfvec": 65_504.0}
 _OPERATORS = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
 _OPCLASSES = {"cosine": "cosine", "l2": "l2", "inner_product": "ip"}
 
@@ -79,25 +86,35 @@ class VectorIndex:
             found.update(zip(names, texts, strict=True))
         return found
 
-    def literal(self, vector: Sequence[float]) -> str:
+    def literals(self, vectors: Sequence[Sequence[float]], count: int) -> list[str]:
         """
-        Return a vector as pgvector reads it.
+        Return the vectors of `count` texts as pgvector reads them.
 
         Raises:
-            ConfigurationError: The embedder gave another number of dimensions.
+            ConfigurationError: The embedder gave another number of vectors or
+                of dimensions, or numbers that the column cannot hold.
         """
+        if len(vectors) != count:
+            raise _bad_vectors(f"{len(vectors)} vectors for {count} texts")
+        return [self._literal([float(number) for number in vector]) for vector in vectors]
+
+    def _literal(self, vector: list[float]) -> str:
         if len(vector) != self.dims:
-            raise ConfigurationError(
-                f"the embedder returned {len(vector)} dimensions and index= says {self.dims};"
-                " nothing was written"
-            )
-        return "[" + ",".join(map(repr, map(float, vector))) + "]"
+            raise _bad_vectors(f"{len(vector)} dimensions and index= says {self.dims}")
+        most = _MOST[self.type.partition("(")[0]]
+        if not all(abs(number) <= most for number in vector):
+            raise _bad_vectors(f"a number that a {self.type} cannot hold, such as NaN")
+        return "[" + ",".join(map(repr, vector)) + "]"
 
     def score(self, distance: float | None) -> float | None:
         """Return the score of a distance: greater is nearer, and 1 is equal for cosine."""
         if distance is None:
             return None
         return 1 - distance if self.distance == "cosine" else -distance
+
+
+def _bad_vectors(what: str) -> ConfigurationError:
+    return ConfigurationError(f"the embedder returned {what}; nothing was written")
 
 
 def _field(path: str) -> tuple[str, Any]:
@@ -113,13 +130,16 @@ class Query:
     vector: str | None
     condition: composing.Composed
     params: dict[str, Any]
-    matches: Callable[[Row], bool] | None
+    matching: Matching | None
     """Tells by the opened value, where SQL cannot."""
 
-    def compose(self, statement: str) -> composing.Composed:
-        """Fill a statement's operator, type and filter in."""
+    def compose(
+        self, statement: LiteralString, selected: LiteralString = sql.ITEM
+    ) -> composing.Composed:
+        """Fill a statement's columns, operator, type and filter in."""
         index = self.index
         return composing.SQL(statement).format(
+            columns=composing.SQL(selected),
             filter=self.condition,
             operator=composing.SQL(index.operator if index else ""),
             type=composing.SQL(index.type if index else ""),
@@ -130,43 +150,50 @@ def prepare(
     op: SearchOp,
     index: VectorIndex | None,
     vector: str | None,
-    matches: Callable[[Row], bool] | None,
+    matching: Matching | None,
 ) -> Query:
-    """Plan a search; `matches` is given where values are sealed."""
+    """Plan a search; `matching` is given where values are sealed."""
     condition = composing.Composed([composing.SQL("true")])
     params: dict[str, Any] = {}
     if op.filter:
-        in_sql = to_sql(op.filter) if matches is None else None
+        in_sql = to_sql(op.filter) if matching is None else None
         if in_sql is not None:
             condition, params = in_sql
     params |= {"prefix": ".".join(op.namespace_prefix), "query": vector}
-    return Query(op, index, vector, condition, params, matches if op.filter else None)
+    return Query(op, index, vector, condition, params, matching if op.filter else None)
 
 
 async def run(session: Session, query: Query) -> list[Row]:
     """Return the rows of one page: an item's columns and its distance, if it has one."""
     first, last = query.op.offset, query.op.offset + query.op.limit
-    if query.matches is not None:
+    if query.matching is not None:
         return (await _until(session, query, last))[first:last]
-    if query.vector is not None and await _is_large(session, query):
-        rows = await _nearest(session, query, last)
-        if len(rows) >= last:
-            return rows[first:last]
-    return await _ordered(session, query, query.op.limit, first)
+    if query.vector is not None and first == 0 < last and await _is_large(session, query):
+        page = await _nearest(session, query, last)
+        if page:
+            return page
+    return await _ordered(session, query, sql.ITEM, query.op.limit, first)
 
 
-async def _ordered(session: Session, query: Query, limit: int, offset: int) -> list[Row]:
-    statement = query.compose(sql.LIST if query.vector is None else sql.EXACT)
+async def _ordered(
+    session: Session, query: Query, selected: LiteralString, limit: int | None, offset: int
+) -> list[Row]:
+    statement = query.compose(sql.LIST if query.vector is None else sql.EXACT, selected)
     return await session.fetch(statement, {**query.params, "limit": limit, "offset": offset})
 
 
 async def _until(session: Session, query: Query, enough: int) -> list[Row]:
-    assert query.matches is not None
+    """Open candidates in order until `enough` match. What they are is asked once: no row shifts."""
+    assert query.matching is not None
     found: list[Row] = []
-    for offset in range(0, 2**62, _PAGE):
-        rows = await _ordered(session, query, _PAGE, offset)
-        found += filter(query.matches, rows)
-        if len(found) >= enough or len(rows) < _PAGE:
+    places = await _ordered(session, query, sql.PLACE, None, 0)
+    for start in range(0, len(places), _PAGE):
+        distances = {(prefix, key): d for prefix, key, d in places[start : start + _PAGE]}
+        rows = await session.fetch(sql.GET, columns(list(distances), "prefixes", "keys"))
+        by_place = {(row[0], row[1]): row for row in rows}
+        ordered = [(*by_place[p], d) for p, d in distances.items() if p in by_place]
+        found += await query.matching(ordered)
+        if len(found) >= enough:
             break
     return found
 
@@ -179,21 +206,31 @@ async def _is_large(session: Session, query: Query) -> bool:
 
 
 async def _nearest(session: Session, query: Query, enough: int) -> list[Row]:
-    """Return items by their nearest vector; fewer than `enough` if the scan stopped short."""
+    """Return a first page by the index; nothing where the index cannot tell what belongs on it."""
     await session.execute(sql.ITERATIVE_SCAN)
-    limit = 2 * enough
-    while True:
-        params = {**query.params, "limit": limit}
-        rows = await session.fetch(query.compose(sql.NEAREST), params)
-        items = {(row[0], row[1]): row for row in reversed(rows)}
-        if len(items) >= enough or len(rows) < limit:
-            return sorted(items.values(), key=lambda row: row[-1])
-        limit *= 4
+    for limit in (2 * enough, 8 * enough, 32 * enough):
+        rows = await session.fetch(query.compose(sql.NEAREST), {**query.params, "limit": limit})
+        items: dict[tuple[str, str], Row] = {}
+        for row in rows:
+            items.setdefault((row[0], row[1]), row)  # the first is its nearest
+        page = sorted(items.values(), key=_order)[:enough]
+        is_end = len(rows) < limit
+        # Equal distances come in any order: the page is known once something farther was seen.
+        if len(page) == enough and (is_end or rows[-1][-1] > page[-1][-1]):
+            return page
+        if is_end:
+            break
+    return []
 
 
-def failed_to_embed(error: Exception) -> UnavailableError:
-    """Say that an embedder failed, and not on what."""
+def _order(row: Row) -> tuple[float, float, str, str]:
+    """As `sql.EXACT` orders."""
+    return row[-1], -row[6].timestamp(), row[0], row[1]
+
+
+def failed_to_embed(kind: str) -> UnavailableError:
+    """Say that an embedder failed with which type of exception, and not on what."""
     return UnavailableError(
-        f"the embedder failed ({type(error).__name__}); nothing was written or read. Repeat it"
+        f"the embedder failed ({kind}); nothing was written or read. Repeat it"
         " when the embedder works."
     )

@@ -12,6 +12,7 @@ from langgraph.store.base import (
     GetOp,
     InvalidNamespaceError,
     ListNamespacesOp,
+    MatchCondition,
     PutOp,
     SearchOp,
 )
@@ -211,7 +212,43 @@ def test_a_failing_embedder_leaves_nothing_half_written(postgres_url):
         with pytest.raises(UnavailableError, match="RuntimeError") as caught:
             store.put(("a",), "k", {"text": "marker"})
         assert "marker" not in str(caught.value)
+        assert caught.value.__cause__ is caught.value.__context__ is None
         assert store.get(("a",), "k") is None
+
+
+@pytest.mark.parametrize("bad", [[], [[1.0]], [[math.nan] * DIMS], [[1e39] * DIMS]])
+def test_an_embedder_that_returns_nonsense_is_named(postgres_url, bad):
+    index = {"dims": DIMS, "embed": lambda _: bad, "fields": ["text"]}
+    with SemanticStore.from_conn_string(postgres_url, index=index) as store:
+        with pytest.raises(ConfigurationError, match="the embedder returned"):
+            store.put(("a",), "k", {"text": "x"})
+        assert store.get(("a",), "k") is None
+
+
+def test_a_vector_of_zeros_is_like_none(postgres_url):
+    index = {"dims": 2, "embed": lambda texts: [[float("a" in t), 0.0] for t in texts]}
+    with SemanticStore.from_conn_string(postgres_url, index=index) as store:
+        store.put(("z",), "zero", {"text": "b"})
+        store.put(("z",), "one", {"text": "a"})
+        found = store.search(("z",), query="a")
+        assert [(i.key, i.score) for i in found] == [("one", 1.0), ("zero", None)]
+
+
+@pytest.mark.parametrize("ttl", [0, -1, math.nan, math.inf, 2**31])
+def test_a_ttl_that_is_no_duration_is_refused(store, ttl):
+    with pytest.raises(InvalidInputError, match="ttl"):
+        store.put(("t",), "k", {"text": "x"}, ttl=ttl)
+    assert store.search(("t",)) == []
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [MatchCondition("infix", ("a",)), *(MatchCondition("prefix", (p,)) for p in ("\0", "\ud800"))],
+)
+def test_namespace_conditions_are_checked_before_there_is_anything_to_match(store, condition):
+    with pytest.raises(InvalidInputError):
+        store.batch([PutOp(("a",), "k", {}), ListNamespacesOp(match_conditions=(condition,))])
+    assert store.get(("a",), "k") is None
 
 
 def test_other_dims_than_the_tables_are_refused(postgres_url):
@@ -271,6 +308,63 @@ def test_sealed_rows_are_bound_to_their_place(postgres_url):
             )
         with pytest.raises(SealError):
             store.get(("s",), "mine")
+
+
+def test_what_is_wrong_with_one_root_stops_no_other(postgres_url):
+    keyring = Keyring.generate()
+    with SemanticStore.from_conn_string(postgres_url, keyring=keyring) as store:
+        for root in ("good", "bad"):
+            store.put((root, "x"), "k", {"own": root})
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("UPDATE vat_store_keys SET data_key = 'damaged' WHERE root = 'bad'")
+    with SemanticStore.from_conn_string(postgres_url, keyring=keyring) as store:
+        assert store.get(("good", "x"), "k").value == {"own": "good"}
+        assert len(store.search(("good",), filter={"own": "good"})) == 1
+        with pytest.raises(SealError):
+            store.get(("bad", "x"), "k")
+        store.put(("good", "x"), "k", {"own": "again"})
+
+
+def test_a_root_that_another_process_just_made_can_be_read(postgres_url):
+    keyring = Keyring.generate()
+    reader = SemanticStore.from_conn_string(postgres_url, keyring=keyring)
+    with SemanticStore.from_conn_string(postgres_url, keyring=keyring) as writer:
+        writer.put(("old",), "k", {"n": 1})
+        assert reader.get(("old",), "k").value == {"n": 1}
+        writer.put(("new",), "k", {"n": 2})
+        assert {item.value["n"] for item in reader.search(())} == {1, 2}
+    reader.close()
+
+
+def test_batches_that_name_the_same_keys_in_other_orders_do_not_deadlock(postgres_url):
+    names = [str(i) for i in range(40)]
+    with SemanticStore.from_conn_string(postgres_url) as store:
+
+        def write(number):
+            ordered = names if number % 2 else names[::-1]
+            for _ in range(10):
+                store.batch([PutOp(("d",), name, {"n": number}) for name in ordered])
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(write, range(6)))
+        assert len({item.value["n"] for item in store.search(("d",), limit=40)}) == 1
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute(DEADLOCKS).fetchone() == (0,)
+
+
+DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+
+
+def test_pages_of_many_equally_near_items_are_complete(postgres_url):
+    with SemanticStore.from_conn_string(postgres_url, index=INDEX) as store:
+        ops = [PutOp(("ties",), str(i), {"text": "ab"[i % 2], "n": i}) for i in range(10_100)]
+        store.batch(ops)
+        pages = [
+            store.search(("ties",), query="a", limit=1_500, offset=offset)
+            for offset in range(0, 10_500, 1_500)
+        ]
+        keys = [item.key for page in pages for item in page]
+        assert len(keys) == len(set(keys)) == 10_100
 
 
 def test_postgres_store_and_ours_open_each_others_database(postgres_url):
