@@ -358,7 +358,8 @@ DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_data
 def test_pages_of_many_equally_near_items_are_complete(postgres_url):
     with SemanticStore.from_conn_string(postgres_url, index=INDEX) as store:
         ops = [PutOp(("ties",), str(i), {"text": "ab"[i % 2], "n": i}) for i in range(10_100)]
-        store.batch(ops)
+        for start in range(0, len(ops), 1_000):  # the last batch comes first in a search
+            store.batch(ops[start : start + 1_000])
         pages = [
             store.search(("ties",), query="a", limit=1_500, offset=offset)
             for offset in range(0, 10_500, 1_500)
