@@ -18,7 +18,9 @@ servers listen on Unix sockets only, in a directory that nobody else may enter.
 
 import atexit
 import fcntl
+import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,11 +33,14 @@ from pathlib import Path
 from stat import S_IMODE, S_ISDIR
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
-import psycopg
 import redis
+from psycopg.pq import PGconn, Ping
 
 from langgraph_vat.errors import ConfigurationError, UnavailableError
+
+logger = logging.getLogger("langgraph_vat")
 
 _START_TIMEOUT_S = 60.0
 _LOG_LINES = 15
@@ -59,35 +64,39 @@ class PostgresServer:
         self._log = data.parent / "postgres.log"
         self._options = {
             "listen_addresses": "",
-            "unix_socket_directories": str(sockets),
+            # The setting is a list: a quoted name may have spaces and commas.
+            "unix_socket_directories": '"' + str(sockets).replace('"', '""') + '"',
             "shared_buffers": "64MB",
             **options,
         }
-        self.url = f"postgresql://postgres@/postgres?host={sockets}"
+        self.url = f"postgresql://postgres@/postgres?host={quote(str(sockets))}"
 
     def start(self) -> None:
         """Start it, unless it runs already. Returns when it answers."""
-        if self.answers():
-            return
-        if not (self._data / "PG_VERSION").exists():
-            self._initialize()
-        settings = " ".join(f"-c {name}='{value}'" for name, value in self._options.items())
-        timeout = str(int(_START_TIMEOUT_S))
-        self._run("pg_ctl", "-w", "-t", timeout, "-l", str(self._log), "-o", settings, "start")
-        _wait_for(self.answers, "Postgres", self._log)
+        state = self._ping()
+        if state == Ping.NO_RESPONSE:
+            self._launch()
+        if state != Ping.OK:  # one that answers and refuses is recovering: wait for it
+            _wait_for(lambda: self._ping() == Ping.OK, "Postgres", self._log)
 
     def stop(self) -> None:
         """Stop it, and wait for that."""
-        with suppress(UnavailableError):
-            self._run("pg_ctl", "-w", "-m", "fast", "stop")
-
-    def answers(self) -> bool:
-        """Whether it takes connections now."""
         try:
-            psycopg.connect(self.url, connect_timeout=2).close()
-        except psycopg.OperationalError:
-            return False
-        return True
+            self._run("pg_ctl", "-w", "-m", "fast", "stop")
+        except UnavailableError:
+            if self._ping() != Ping.NO_RESPONSE:
+                logger.warning("Postgres on %s was told to stop and still runs", self._data)
+
+    def _ping(self) -> int:
+        return PGconn.ping(f"{self.url}&connect_timeout=2".encode())
+
+    def _launch(self) -> None:
+        if not (self._data / "PG_VERSION").exists():
+            self._initialize()
+        options = (f"-c {name}={shlex.quote(value)}" for name, value in self._options.items())
+        timeout = str(int(_START_TIMEOUT_S))
+        log = ("-l", str(self._log))
+        self._run("pg_ctl", "-w", "-t", timeout, *log, "-o", " ".join(options), "start")
 
     def pid(self) -> int:
         """Process id of the server."""
@@ -146,30 +155,45 @@ class RedisServer:
             "daemonize": "yes",
             **options,
         }
-        self.url = f"unix://{socket}"
+        self.url = f"unix://{quote(str(socket))}"
 
     def start(self) -> None:
         """Start it, unless it runs already. Returns when it answers."""
-        if self.answers():
-            return
-        self._data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        settings = [part for name, value in self._options.items() for part in (f"--{name}", value)]
-        done = subprocess.run(  # noqa: S603 - our own arguments
-            [str(self._program), *settings], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, check=False, cwd="/",
-        )  # fmt: skip
-        if done.returncode:
-            raise _failed("Redis", _tail(self._log))
-        _wait_for(self.answers, "Redis", self._log)
+        if not self._answers():
+            # One that runs and does not answer is loading, or was paused: wait for it.
+            self._launch()
+            _wait_for(self._answers, "Redis", self._log)
 
     def stop(self) -> None:
         """Stop it, and wait for that."""
         client = redis.Redis.from_url(self.url, socket_timeout=10)
         with client, suppress(redis.exceptions.RedisError):
             client.shutdown(nosave=True)
-        _wait_until(lambda: not self.answers())
+        if not _wait_until(lambda: not self._answers()):
+            logger.warning("Redis on %s was told to stop and still runs", self._data)
 
-    def answers(self) -> bool:
+    def _launch(self) -> None:
+        """
+        Start it, unless one runs on these files, whatever its state.
+
+        Redis does not notice a second one on its append-only file. So it
+        inherits a lock, which the kernel holds for as long as it lives.
+        """
+        self._data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _locked_now(self._data / "server.lock") as lock:
+            if lock is None:
+                return
+            options = [
+                part for name, value in self._options.items() for part in (f"--{name}", value)
+            ]
+            done = subprocess.run(  # noqa: S603 - our own arguments
+                [str(self._program), *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, check=False, cwd="/", pass_fds=[lock],
+            )  # fmt: skip
+            if done.returncode:
+                raise _failed("Redis", _tail(self._log))
+
+    def _answers(self) -> bool:
         """Whether it takes commands now, its data loaded."""
         try:
             with redis.Redis.from_url(self.url, socket_timeout=2) as client:
@@ -196,7 +220,7 @@ class EmbeddedServers:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        sockets = _socket_directory(path)
+        self._sockets = sockets = _socket_directory(path)
         self._servers: tuple[PostgresServer, RedisServer] = (
             PostgresServer(path / "postgres", sockets),
             RedisServer(path / "redis", sockets / "redis.sock"),
@@ -215,13 +239,16 @@ class EmbeddedServers:
             UnavailableError: A server does not start; says what its log says.
         """
         root = Path(path).expanduser().resolve()
+        self = cls(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
+            self._start()
         except OSError as error:
-            msg = f"{root} cannot be made a directory ({type(error).__name__}); choose another path"
+            msg = (
+                f"{error.filename or root} cannot be used ({type(error).__name__}); choose another"
+                " path, or give this user the right to it"
+            )
             raise ConfigurationError(msg) from error
-        self = cls(root)
-        self._start()
         return self
 
     def stop(self) -> None:
@@ -230,23 +257,32 @@ class EmbeddedServers:
             return
         atexit.unregister(self.stop)
         with _locked(self._path / "start.lock"):
-            os.close(self._using)
-            self._using = None
-            with _last_user(self._path / "users.lock") as is_last:
-                for server in self._servers if is_last else ():
-                    server.stop()
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._using is None:
+            return
+        os.close(self._using)
+        self._using = None
+        with _locked_now(self._path / "users.lock") as lock:
+            if lock is None:
+                return  # others use them
+            for server in self._servers:
+                server.stop()
+            with suppress(OSError):
+                self._sockets.rmdir()
 
     def _start(self) -> None:
         with _locked(self._path / "start.lock"):
-            using = os.open(self._path / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(using, fcntl.LOCK_SH)
+            _make_private(self._sockets)
+            self._using = _open(self._path / "users.lock")
+            fcntl.flock(self._using, fcntl.LOCK_SH)
             try:
                 for server in self._servers:
                     server.start()
             except BaseException:
-                os.close(using)
+                self._leave()
                 raise
-        self._using = using
         atexit.register(self.stop)
 
     def __enter__(self) -> Self:
@@ -272,12 +308,16 @@ def _package(name: str) -> Path:
 
 def _socket_directory(path: Path) -> Path:
     """
-    Return a private directory for the sockets of `path`.
+    Return the name of a directory for the sockets of `path`.
 
     Not under the path itself: a socket's name may have 107 bytes and no more.
     """
     digest = sha256(str(path).encode()).hexdigest()[:16]
-    directory = Path(tempfile.gettempdir()) / f"langgraph-vat-{os.geteuid()}-{digest}"
+    return Path(tempfile.gettempdir()) / f"langgraph-vat-{os.geteuid()}-{digest}"
+
+
+def _make_private(directory: Path) -> None:
+    """Make a directory that nobody else may enter, or refuse what is there."""
     with suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     # Anybody may make names in a shared temporary directory: a link must not be followed.
@@ -290,7 +330,6 @@ def _socket_directory(path: Path) -> Path:
         )
         raise ConfigurationError(msg)
     _give_to_user(directory)
-    return directory
 
 
 def _user_id() -> int:
@@ -326,7 +365,7 @@ def _as_user(command: Sequence[str]) -> list[str]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; the kernel lets go of it if this process dies."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -335,15 +374,23 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _last_user(path: Path) -> Iterator[bool]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def _locked_now(path: Path) -> Iterator[int | None]:
+    """Hold an exclusive lock and give its descriptor, or None while others hold it."""
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
     except BlockingIOError:
-        yield False
+        os.close(descriptor)
+        yield None
+        return
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _wait_until(condition: Callable[[], bool]) -> bool:
@@ -369,4 +416,7 @@ def _tail(log: Path) -> list[str]:
 
 def _failed(name: str, said: list[str]) -> UnavailableError:
     text = "\n".join(said)
-    return UnavailableError(f"{name} did not start; its data is as it was. It said:\n{text}")
+    return UnavailableError(
+        f"{name} did not start, or runs and does not answer; its data is as it was."
+        f" It said:\n{text}"
+    )

