@@ -8,7 +8,8 @@ exactly what was put in. The rest is kept exact beside it.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import orjson
@@ -25,7 +26,7 @@ from langgraph.checkpoint.base import (
 from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
-from langgraph_vat.errors import SealError
+from langgraph_vat.errors import InvalidInputError, SealError
 
 # What a sealed checkpoint still shows: LangGraph's own bookkeeping, without
 # which nothing could be listed, joined or pruned in SQL.
@@ -107,9 +108,9 @@ def encode_blob(
     """Encode the value that `values` has for a channel, or that it has none."""
     if channel not in values:
         return Blob(channel, version, "", None)
-    return Blob(
-        channel, version, *codec.dump(values[channel], "blob", checkpoint_ns, channel, version)
-    )
+    place = ("blob", checkpoint_ns, channel, version)
+    with _naming(channel):
+        return Blob(channel, version, *codec.dump(values[channel], *place))
 
 
 def encode_writes(
@@ -128,7 +129,8 @@ def encode_writes(
     for position, (channel, value) in enumerate(writes):
         idx = WRITES_IDX_MAP.get(channel, position)
         place = ("write", checkpoint_ns, checkpoint_id, task_id, str(idx), channel)
-        encoded[idx] = Write(task_id, idx, task_path, channel, *codec.dump(value, *place))
+        with _naming(channel):
+            encoded[idx] = Write(task_id, idx, task_path, channel, *codec.dump(value, *place))
     return WritesEntry(
         uid=secrets.token_bytes(12),
         fence=fence,
@@ -137,6 +139,16 @@ def encode_writes(
         run_id=run_id,
         writes=tuple(encoded.values()),
     )
+
+
+@contextmanager
+def _naming(channel: str) -> Iterator[None]:
+    """Say which channel's value was refused."""
+    try:
+        yield
+    except InvalidInputError as error:
+        error.add_note(f"It is a value of channel {channel!r}.")
+        raise
 
 
 def load_blob(codec: Codec, checkpoint_ns: str, blob: Blob) -> Any:

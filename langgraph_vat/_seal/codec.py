@@ -1,12 +1,14 @@
 """Values to (type tag, bytes) and back, bound to where they live if they are sealed."""
 
+import json
 from typing import Any, Protocol
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import SealError
+from langgraph_vat.errors import InvalidInputError, SealError
 
 SUFFIX = "+aes256gcm"
 
@@ -15,7 +17,12 @@ class Codec(Protocol):
     """Serializes values for their place; `place` is what tells one value from all others."""
 
     def dump(self, value: Any, *place: str) -> tuple[str, bytes]:
-        """Return type tag and bytes of `value` at `place`."""
+        """
+        Return type tag and bytes of `value` at `place`.
+
+        Raises:
+            InvalidInputError: The serializer refuses it.
+        """
         ...
 
     def load(self, type_: str, data: bytes, *place: str) -> Any:
@@ -36,7 +43,7 @@ class PlainCodec:
 
     def dump(self, value: Any, *_place: str) -> tuple[str, bytes]:
         """Serialize."""
-        return self._serde.dumps_typed(value)
+        return _dump(self._serde, value)
 
     def load(self, type_: str, data: bytes, *_place: str) -> Any:
         """Deserialize."""
@@ -60,7 +67,7 @@ class SealedCodec:
 
     def dump(self, value: Any, *place: str) -> tuple[str, bytes]:
         """Serialize and seal."""
-        type_, data = self._serde.dumps_typed(value)
+        type_, data = _dump(self._serde, value)
         bound = associated_data(*self._base, *place, type_)
         return type_ + SUFFIX, self._data_key.seal(data, associated_data=bound)
 
@@ -69,6 +76,36 @@ class SealedCodec:
         inner = opened_type(type_)
         bound = associated_data(*self._base, *place, inner)
         return self._serde.loads_typed((inner, self._data_key.open(data, associated_data=bound)))
+
+
+def _dump(serde: SerializerProtocol, value: Any) -> tuple[str, bytes]:
+    try:
+        type_, data = serde.dumps_typed(value)
+    except Exception as error:
+        raise InvalidInputError(
+            f"a value of type {type(value).__name__} cannot be serialized ({type(error).__name__});"
+            " nothing was written. Keep it out of the state, or pass a serde= that can."
+        ) from error
+    if type_ == "msgpack" and b"?" in data and isinstance(serde, JsonPlusSerializer):
+        return _dump_surrogates(serde, value) or (type_, data)
+    return type_, data
+
+
+def _dump_surrogates(serde: JsonPlusSerializer, value: Any) -> tuple[str, bytes] | None:
+    """
+    Return what gives a JSON value with lone surrogates back equal; None for any other value.
+
+    JsonPlusSerializer writes "?" for them, in messages, too. Its older form,
+    which it still reads, can hold them.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        typed = ("json", json.dumps(value).encode())
+        return typed if serde.loads_typed(typed) == value else None
+    except (TypeError, ValueError, RecursionError):
+        pass  # not JSON
+    return None
 
 
 def opened_type(type_: str) -> str:

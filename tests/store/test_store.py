@@ -56,6 +56,7 @@ def test_an_item_comes_back_and_keeps_its_birthday(store):
     "value",
     [
         {"x": "nul \x00 inside"},
+        {"x": "half an emoji \ud83d"},
         {"x": math.inf},
         {"x": datetime(2026, 1, 2, tzinfo=UTC)},
         {"x": b"bytes"},
