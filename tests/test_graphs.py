@@ -1,16 +1,17 @@
 """Real compiled graphs leave and find the same state as with LangGraph's InMemorySaver."""
 
 import asyncio
+import importlib
 import operator
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from langchain_core.messages import AIMessage
 from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
 from langgraph_vat import HybridSaver, Keyring
@@ -190,17 +191,12 @@ def test_threads_are_copied_and_go_on_apart(saver):
     assert graph.get_state(_config("one")).next == ("ask",)
 
 
-# Made when this module is imported, outside any loop: its address comes later.
-def _reply(state: MessagesState) -> Any:
-    return {"messages": [AIMessage(f"{len(state['messages'])}")]}
-
-
-BUILDER = StateGraph(MessagesState).add_node("reply", _reply).add_edge(START, "reply")
-
-
-def test_one_object_serves_eight_threads_and_two_event_loops(postgres_url, redis_url):
-    saver = HybridSaver.from_conn_string(postgres_url, redis=redis_url, flush_every=4)
-    graph = BUILDER.compile(checkpointer=saver)
+def test_one_object_serves_eight_threads_and_two_event_loops(postgres_url, redis_url, monkeypatch):
+    monkeypatch.setenv("LANGGRAPH_VAT_POSTGRES", postgres_url)
+    monkeypatch.setenv("LANGGRAPH_VAT_REDIS", redis_url)
+    monkeypatch.delitem(sys.modules, "tests.import_time", raising=False)
+    application = importlib.import_module("tests.import_time")
+    saver, graph = application.saver, application.graph
     saver.setup()
     threads = [str(uuid.uuid4()) for _ in range(8)]
 

@@ -356,17 +356,18 @@ def test_batches_that_name_the_same_keys_in_other_orders_do_not_deadlock(postgre
 DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
 
 
-def test_pages_of_many_equally_near_items_are_complete(postgres_url):
+def test_pages_of_many_equally_near_items_are_complete(postgres_url, monkeypatch):
+    monkeypatch.setattr("langgraph_vat._ops.search._FEW", 500)
     with SemanticStore.from_conn_string(postgres_url, index=INDEX) as store:
-        ops = [PutOp(("ties",), str(i), {"text": "ab"[i % 2], "n": i}) for i in range(10_100)]
-        for start in range(0, len(ops), 1_000):  # the last batch comes first in a search
-            store.batch(ops[start : start + 1_000])
+        ops = [PutOp(("ties",), str(i), {"text": "ab"[i % 2], "n": i}) for i in range(1_100)]
+        for start in range(0, len(ops), 100):  # the last batch comes first in a search
+            store.batch(ops[start : start + 100])
         pages = [
-            store.search(("ties",), query="a", limit=1_500, offset=offset)
-            for offset in range(0, 10_500, 1_500)
+            store.search(("ties",), query="a", limit=150, offset=offset)
+            for offset in range(0, 1_200, 150)
         ]
         keys = [item.key for page in pages for item in page]
-        assert len(keys) == len(set(keys)) == 10_100
+        assert len(keys) == len(set(keys)) == 1_100
 
 
 def test_postgres_store_and_ours_open_each_others_database(postgres_url):
