@@ -1,0 +1,65 @@
+"""Several operating-system processes, one of them killed, on one thread."""
+
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from langgraph_vat import HybridSaver
+
+WORKER = """
+import sys
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.base.id import uuid6
+from langgraph_vat import HybridSaver
+
+config = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+with HybridSaver.from_conn_string(sys.argv[1], redis=sys.argv[2], flush_every=4) as saver:
+    print("ready", flush=True)
+    for step in range(int(sys.argv[3])):
+        latest = saver.get_tuple(config)
+        checkpoint = {**empty_checkpoint(), "id": str(uuid6())}
+        version = saver.get_next_version(None, None)
+        checkpoint["channel_values"] = {"a": checkpoint["id"], "kept": "kept"}
+        checkpoint["channel_versions"] = {"a": version, "kept": "1"}
+        new = {"a": version} if latest else checkpoint["channel_versions"]
+        at = saver.put(latest.config if latest else config, checkpoint, {"step": step}, new)
+        saver.put_writes(at, [("a", step)], "task")
+        print(checkpoint["id"], flush=True)
+"""
+
+
+def _start(postgres: str, redis: str, steps: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", WORKER, postgres, redis, str(steps)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_on_one_thread_lose_nothing_even_when_one_is_killed(postgres_url, redis_url):
+    config: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+    workers = [_start(postgres_url, redis_url, 60) for _ in range(3)]
+    victim = _start(postgres_url, redis_url, 10_000)
+    acknowledged = [victim.stdout.readline() for _ in range(20)]
+    victim.send_signal(signal.SIGKILL)
+    acknowledged += victim.communicate()[0].splitlines(keepends=True)
+    for worker in workers:
+        said, _ = worker.communicate(timeout=60)
+        assert worker.returncode == 0
+        acknowledged += said.splitlines()
+    ids = {line.strip() for line in acknowledged if len(line.strip()) == 36}
+    assert len(ids) >= 200
+    with HybridSaver.from_conn_string(postgres_url, redis=redis_url) as saver:
+        found = {one.checkpoint["id"]: one for one in saver.list(config)}
+        latest = saver.get_tuple(config)
+    assert ids <= found.keys()
+    assert len(found.keys() - ids) <= 1  # what the victim had put and could not say
+    assert latest.checkpoint["id"] == max(found)
+    for checkpoint_id, one in found.items():
+        assert one.checkpoint["channel_values"] == {"a": checkpoint_id, "kept": "kept"}
+        assert one.parent_config is None or _id(one.parent_config) in found
+        assert len(one.pending_writes) == 1 or checkpoint_id not in ids
+
+
+def _id(config: Any) -> str:
+    return config["configurable"]["checkpoint_id"]
