@@ -125,6 +125,18 @@ class Killable:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Kill the server after the block, and start it with what it had on disk before."""
+        data = self._server._data
+        earlier = data.with_suffix(".earlier")
+        shutil.copytree(data, earlier)
+        yield
+        self.kill()
+        shutil.rmtree(data)
+        earlier.rename(data)
+        self.start()
+
     def stop(self) -> None:
         self.resume()
         self._server.stop()

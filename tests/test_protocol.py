@@ -293,6 +293,34 @@ def test_redis_goes_and_comes_back(own_redis, postgres_url):
         assert values(saver) == [3, 2, 1]
 
 
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_a_redis_that_went_back_in_time_is_not_believed(own_redis, postgres_url, is_flushed):
+    options: Any = {"redis": own_redis.url, "flush_after": 600.0}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, None, 1)
+        with own_redis.remembering():  # what a replica that lagged has
+            put(saver, config, 2)
+            if is_flushed:
+                saver.flush()
+        with HybridSaver.from_conn_string(postgres_url, **options) as other:
+            other._life._flusher.stop()
+            other.get_tuple(at())  # notices
+            saver._shared.state.read_at = float("-inf")
+            saver.flush()
+            for _ in range(2):
+                assert other.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
+                end_degradation(postgres_url, saver, other)
+            assert values(other) == [2, 1]
+
+
+def end_degradation(url: str, *savers: HybridSaver) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("UPDATE vat_state SET degraded_until = 'epoch'")
+    for saver in savers:
+        saver._shared.state.read_at = float("-inf")
+
+
 def test_postgres_goes_and_comes_back(own_postgres, redis_url):
     options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 2.0, "flush_every": 2}
     options["max_backlog"] = 4

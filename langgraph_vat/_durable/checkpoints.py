@@ -433,16 +433,19 @@ AND c.checkpoint_id = n.checkpoint_id
 # --- the tiers as a whole ------------------------------------------------
 
 SELECT_STATE: LiteralString = """
-SELECT epoch, hot_tier::text, greatest(0, extract(epoch FROM degraded_until - now()))::float8
+SELECT epoch, hot_tier::text, hot_runs,
+    greatest(0, extract(epoch FROM degraded_until - now()))::float8
 FROM vat_state
 """
 
 CLAIM_HOT_TIER: LiteralString = """
-UPDATE vat_state SET hot_tier = %(hot_tier)s WHERE hot_tier IS NULL RETURNING hot_tier
+UPDATE vat_state SET hot_tier = %(hot_tier)s, hot_runs = %(hot_runs)s WHERE hot_tier IS NULL
+RETURNING hot_tier
 """
 
 RAISE_EPOCH: LiteralString = """
 UPDATE vat_state SET epoch = epoch + 1,
-    degraded_until = greatest(degraded_until, now() + %(seconds)s * interval '1 second')
+    degraded_until = greatest(degraded_until, now() + %(seconds)s * interval '1 second'),
+    hot_runs = coalesce(%(hot_runs)s, hot_runs)
 RETURNING epoch
 """

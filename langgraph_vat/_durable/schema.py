@@ -104,6 +104,7 @@ CREATE TABLE IF NOT EXISTS vat_state (
     singleton BOOLEAN PRIMARY KEY DEFAULT true CHECK (singleton),
     epoch BIGINT NOT NULL DEFAULT 0,
     hot_tier UUID,
+    hot_runs TEXT,
     degraded_until TIMESTAMPTZ NOT NULL DEFAULT 'epoch'
 )""",
     "INSERT INTO vat_state DEFAULT VALUES ON CONFLICT DO NOTHING",

@@ -8,7 +8,7 @@ import psycopg
 import redis
 from langchain_core.embeddings import Embeddings
 
-from langgraph_vat._io.mapping import is_repeatable, map_postgres, map_redis
+from langgraph_vat._io.mapping import every_primary, is_repeatable, map_postgres, map_redis, run_ids
 from langgraph_vat._io.pool import BlockingPool
 from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
 
@@ -75,6 +75,10 @@ class BlockingHot:
                 return self._client.evalsha(script.sha1, len(keys), *keys, *args)
             except redis.exceptions.NoScriptError:
                 return self._client.eval(script.source, len(keys), *keys, *args)
+
+    async def run_ids(self) -> str:
+        with map_redis():
+            return run_ids(self._client.info("server", **every_primary(self._client)))
 
     async def read_each(self, command: str, keys: Sequence[bytes], *args: Arg) -> list[Any]:
         with map_redis():

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import redis
+import redis.asyncio
 
 from langgraph_vat._io.pool import PoolTimeoutError
 from langgraph_vat._io.protocols import HotTierError
@@ -54,6 +56,18 @@ def map_postgres() -> Iterator[None]:
             " not at all; repeat it once the server is reachable."
         )
         raise UnavailableError(msg) from error
+
+
+def every_primary(client: Any) -> dict[str, str]:
+    """Return the argument that sends a command to all primaries, which only a cluster takes."""
+    is_cluster = isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster)
+    return {"target_nodes": "primaries"} if is_cluster else {}
+
+
+def run_ids(info: dict[str, Any]) -> str:
+    """Return the ids of server processes from what INFO said: of one, or by node."""
+    nodes = [info] if "run_id" in info else info.values()
+    return ",".join(sorted(node["run_id"] for node in nodes))
 
 
 @contextmanager

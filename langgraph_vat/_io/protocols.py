@@ -95,6 +95,15 @@ class Hot(Protocol):
         """
         ...
 
+    async def run_ids(self) -> str:
+        """
+        Return the ids of the server processes that hold the data.
+
+        They change when a server restarts or another takes its place: it may
+        then have an older memory than the one before.
+        """
+        ...
+
     async def read_each(self, command: str, keys: Sequence[bytes], *args: Arg) -> list[Any]:
         """Run a command that reads once for each of `keys`, in a round trip to each server."""
         ...

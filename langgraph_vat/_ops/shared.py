@@ -97,6 +97,8 @@ class State:
     is_hot: bool = False
     read_at: float = float("-inf")
     degraded_until: float = float("-inf")
+    obeyed_at: float = float("-inf")
+    """When every process has read the epoch that this one knows."""
 
 
 @dataclass(slots=True)

@@ -6,8 +6,10 @@ agrees on. A head counts only under the current epoch, and a process serves
 one only if it has read the row within the last `epoch_ttl_s` seconds. So a
 process that cannot reach Redis raises the epoch, waits that long, and may
 then write past Redis: no head from before is served by anyone, whoever dies
-in between. While `degraded_until` lies ahead every process commits each step
-in Postgres and neither serves nor fills heads.
+in between. The same happens when another Redis process holds the data than
+the row says: it may remember less than the one before. While
+`degraded_until` lies ahead every process commits each step in Postgres and
+neither serves nor fills heads.
 """
 
 import logging
@@ -15,7 +17,7 @@ import uuid
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
-from langgraph_vat._io.protocols import Backend, Hot, HotTierError
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -29,14 +31,28 @@ async def hot_to_write(shared: Shared, backend: Backend) -> Hot | None:
     """Return Redis, or None to write past it. The row's last reading will do: a put cannot lie."""
     if shared.state.read_at == float("-inf"):
         await refresh(shared, backend)
-    return None if shared.is_degraded else backend.hot
+    return await _unless_degraded(shared, backend)
 
 
 async def hot_to_read(shared: Shared, backend: Backend) -> Hot | None:
     """Return Redis, or None to read past it, after making sure the row was read just now."""
     if now() - shared.state.read_at >= shared.settings.epoch_ttl_s:
         await refresh(shared, backend)
-    return None if shared.is_degraded else backend.hot
+    return await _unless_degraded(shared, backend)
+
+
+async def _unless_degraded(shared: Shared, backend: Backend) -> Hot | None:
+    if not shared.is_degraded:
+        return backend.hot
+    await _until_obeyed(shared, backend)
+    return None
+
+
+async def _until_obeyed(shared: Shared, backend: Backend) -> None:
+    """Wait until no process serves a head, or takes a step, under an earlier epoch."""
+    left = shared.state.obeyed_at - now()
+    if left > 0:
+        await backend.sleep(left)
 
 
 async def require_hot(shared: Shared, backend: Backend, address: str) -> None:
@@ -68,37 +84,50 @@ async def refresh(shared: Shared, backend: Backend) -> None:
         UnavailableError: Postgres does not answer.
     """
     read_at = now()
-    epoch, hot_tier, degraded_s = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+    epoch, hot_tier, hot_runs, degraded_s = (await backend.durable.fetch(sql.SELECT_STATE))[0]
     if backend.hot is None and hot_tier is not None:
         msg = (
             "this database has a hot tier: other processes keep steps in Redis that are not in"
             " Postgres yet, so nothing was read or written without it. Pass its redis= URL."
         )
         raise ConfigurationError(msg)
+    if epoch != shared.state.epoch:
+        shared.state.obeyed_at = read_at + shared.settings.epoch_ttl_s
     shared.state.epoch, shared.state.degraded_until = epoch, read_at + degraded_s
     if backend.hot is not None and degraded_s <= 0:
         try:
-            await _attach(shared, backend, backend.hot, hot_tier)
+            await _attach(shared, backend, backend.hot, hot_tier, hot_runs)
         except HotTierError:
             await degrade(shared, backend)
     shared.state.read_at = read_at
 
 
-async def _attach(shared: Shared, backend: Backend, hot: Hot, hot_tier: str | None) -> None:
+async def _attach(
+    shared: Shared, backend: Backend, hot: Hot, hot_tier: str | None, hot_runs: str | None
+) -> None:
     if shared.state.read_at == float("-inf"):
         await _note_policy(shared, hot)
+    runs = await hot.run_ids()
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
-    if hot_tier is not None and found == hot_tier.encode():
-        return
-    if found is None and hot_tier is not None:
-        # Redis lost its memory: others may hold steps that only they have.
-        wait = shared.settings.flush_after + shared.settings.epoch_ttl_s
-        await _raise_epoch(shared, backend, wait)
-    elif found is None:
-        await backend.durable.fetch(sql.CLAIM_HOT_TIER, {"hot_tier": str(uuid.uuid4())})
+    if found is not None:
+        _refuse_foreign(found, hot_tier)
+    if hot_tier is None:
+        ours = {"hot_tier": str(uuid.uuid4()), "hot_runs": runs}
+        await backend.durable.fetch(sql.CLAIM_HOT_TIER, ours)
         hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
+    elif found is None or runs != hot_runs:
+        # Redis lost its memory, or one with an older memory took its place:
+        # others may hold steps that only they have, and heads may be stale.
+        logger.warning("Redis restarted, failed over or was emptied: flushing what it had")
+        wait_s = shared.settings.flush_after + shared.settings.epoch_ttl_s
+        await _raise_epoch(shared, backend, wait_s, runs)
     if found is None:
-        found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], [str(hot_tier), 1])
+        arguments: list[Arg] = [str(hot_tier), 1]
+        found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
+        _refuse_foreign(found, hot_tier)
+
+
+def _refuse_foreign(found: bytes, hot_tier: str | None) -> None:
     if hot_tier is None or found != hot_tier.encode():
         msg = (
             "this Redis is the hot tier of another database (under the same key_prefix), so nothing"
@@ -125,13 +154,17 @@ async def degrade(shared: Shared, backend: Backend) -> None:
     Raises:
         UnavailableError: Postgres does not answer either: nothing may be acknowledged.
     """
-    if shared.is_degraded:
-        return
-    shared.counters.degraded += 1
-    await _raise_epoch(shared, backend, _DEGRADED_S)
-    await backend.sleep(shared.settings.epoch_ttl_s)
+    if not shared.is_degraded:
+        shared.counters.degraded += 1
+        await _raise_epoch(shared, backend, _DEGRADED_S, None)
+    await _until_obeyed(shared, backend)
 
 
-async def _raise_epoch(shared: Shared, backend: Backend, seconds: float) -> None:
-    epoch = (await backend.durable.fetch(sql.RAISE_EPOCH, {"seconds": seconds}))[0][0]
-    shared.state.epoch, shared.state.degraded_until = epoch, now() + seconds
+async def _raise_epoch(
+    shared: Shared, backend: Backend, seconds: float, hot_runs: str | None
+) -> None:
+    params = {"seconds": seconds, "hot_runs": hot_runs}
+    epoch = (await backend.durable.fetch(sql.RAISE_EPOCH, params))[0][0]
+    state, known_at = shared.state, now()
+    state.epoch, state.degraded_until = epoch, known_at + seconds
+    state.obeyed_at = known_at + shared.settings.epoch_ttl_s
