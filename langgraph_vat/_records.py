@@ -90,6 +90,8 @@ class WritesEntry:
 
     uid: bytes
     fence: Fence
+    epoch: int
+    """The tiers' epoch it was taken under: tells later writes that went past Redis from earlier."""
     checkpoint_ns: str
     checkpoint_id: str
     run_id: str

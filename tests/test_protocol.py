@@ -16,6 +16,8 @@ from langgraph.checkpoint.base.id import uuid6
 
 from langgraph_vat import HybridSaver, ThreadDeletedError, UnavailableError
 from langgraph_vat._hot import scripts
+from langgraph_vat._io.driver import drive
+from langgraph_vat._ops.tiers import degrade
 
 
 class Death(BaseException):
@@ -319,6 +321,18 @@ def end_degradation(url: str, *savers: HybridSaver) -> None:
         connection.execute("UPDATE vat_state SET degraded_until = 'epoch'")
     for saver in savers:
         saver._shared.state.read_at = float("-inf")
+
+
+def test_a_journal_from_before_redis_failed_undoes_no_later_write(process, postgres_url):
+    saver = process()
+    config = put(saver, None, 1)
+    saver.put_writes(config, [("__resume__", "first")], "task")
+    drive(degrade(saver._shared, saver._life.connections.blocking()))
+    saver.put_writes(config, [("__resume__", "second")], "task")  # past Redis
+    end_degradation(postgres_url, saver)
+    saver.flush()  # the journal that Redis still has
+    for found in (saver.get_tuple(at()), *process().list(at())):
+        assert found.pending_writes == [("task", "__resume__", "second")]
 
 
 def test_postgres_goes_and_comes_back(own_postgres, redis_url):

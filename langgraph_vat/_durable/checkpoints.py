@@ -134,15 +134,18 @@ SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[
 ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO NOTHING
 """
 
+# The last one taken, not the last one to arrive: a journal from before Redis
+# failed may be flushed after later writes went past Redis.
 INSERT_LAST_WRITES: LiteralString = """
-INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
-                               task_path, channel, type, blob)
+INSERT INTO checkpoint_writes AS w (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
+                                    task_path, channel, type, blob, vat_epoch)
 SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[],
-                     %(tasks)s::text[], %(idxs)s::int[], %(paths)s::text[],
-                     %(channels)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+                     %(tasks)s::text[], %(idxs)s::int[], %(paths)s::text[], %(channels)s::text[],
+                     %(types)s::text[], %(blobs)s::bytea[], %(epochs)s::bigint[])
 ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO UPDATE
 SET task_path = excluded.task_path, channel = excluded.channel,
-    type = excluded.type, blob = excluded.blob
+    type = excluded.type, blob = excluded.blob, vat_epoch = excluded.vat_epoch
+WHERE w.vat_epoch IS NULL OR w.vat_epoch <= excluded.vat_epoch
 """
 
 # --- read ----------------------------------------------------------------

@@ -76,6 +76,7 @@ INSERT INTO checkpoint_migrations (v) SELECT generate_series(0, 9) ON CONFLICT D
 ALTER TABLE checkpoints
     ADD COLUMN IF NOT EXISTS vat_type TEXT,
     ADD COLUMN IF NOT EXISTS vat_exact BYTEA""",
+    "ALTER TABLE checkpoint_writes ADD COLUMN IF NOT EXISTS vat_epoch BIGINT",
     """
 CREATE TABLE IF NOT EXISTS vat_threads (
     thread_id TEXT PRIMARY KEY,

@@ -9,7 +9,7 @@ twice. Fields:
 ``k``                 ``put`` or ``writes``
 ``u``                 entry's own random id
 ``f`` ``s`` ``i``     fence, namespace, checkpoint id
-``p`` ``r``           parent checkpoint id, run id
+``p`` ``r`` ``e``     parent checkpoint id, run id, epoch
 ``c``                 packed `Core`
 ``q`` ``d``           packed `kept` and `needs`
 ``n:CHANNEL``         version of a channel
@@ -40,6 +40,7 @@ def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
 def writes_pairs(entry: WritesEntry) -> tuple[Pairs, Pairs]:
     """Return the pairs that only the journal holds, and those it shares with the head."""
     journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
+    journal += [b"e", b"%d" % entry.epoch]
     return journal, list(write_pairs(entry.checkpoint_id, entry.writes))
 
 
@@ -87,7 +88,8 @@ def parse_entry(fields: Sequence[bytes]) -> Entry:
         "run_id": found[b"r"].decode(),
     }
     if found[b"k"] == b"writes":
-        return WritesEntry(**where, writes=_parse_writes(found))
+        epoch = int(found[b"e"])
+        return WritesEntry(**where, epoch=epoch, writes=_parse_writes(found))
     return PutEntry(
         **where,
         parent_id=found[b"p"].decode(),

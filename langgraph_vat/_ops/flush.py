@@ -342,13 +342,15 @@ async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> No
     first: _Values = {}
     last: _Values = {}
     for thread_id, entry in pairs:
-        for write in entry.writes if isinstance(entry, WritesEntry) else ():
+        if isinstance(entry, PutEntry):
+            continue
+        for write in entry.writes:
             key = (thread_id, entry.checkpoint_ns, entry.checkpoint_id, write.task_id, write.idx)
             value = (write.task_path, write.channel, write.type, write.data)
-            if write.idx < 0:
-                last[key] = value
-            else:
+            if write.idx >= 0:
                 first.setdefault(key, value)
+            elif key not in last or last[key][-1] <= entry.epoch:
+                last[key] = (*value, entry.epoch)
     names = (
         "threads",
         "namespaces",
@@ -360,10 +362,12 @@ async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> No
         "types",
         "blobs",
     )
-    for statement, some in ((sql.INSERT_FIRST_WRITES, first), (sql.INSERT_LAST_WRITES, last)):
-        if some:
-            rows = [(*key, *value) for key, value in some.items()]
-            await session.execute(statement, columns(rows, *names))
+    if first:
+        rows = [(*key, *value) for key, value in first.items()]
+        await session.execute(sql.INSERT_FIRST_WRITES, columns(rows, *names))
+    if last:
+        rows = [(*key, *value) for key, value in last.items()]
+        await session.execute(sql.INSERT_LAST_WRITES, columns(rows, *names, "epochs"))
 
 
 async def _trim(shared: Shared, backend: Backend, batch: _Batch) -> None:

@@ -128,6 +128,7 @@ async def put_writes(
         entry = encode_writes(
             known.codec(serde, new.thread_id),
             known.fence,
+            epoch=shared.state.epoch,
             checkpoint_ns=new.checkpoint_ns,
             checkpoint_id=new.checkpoint_id,
             run_id=new.run_id,
@@ -279,7 +280,7 @@ def _writes_call(entry: WritesEntry) -> Call:
     async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
         own, both = writes_pairs(entry)
         args: list[Arg] = [
-            thread_id, entry.fence.text, shared.epoch, shared.settings.head_ttl_s,
+            thread_id, entry.fence.text, entry.epoch, shared.settings.head_ttl_s,
             entry.checkpoint_id, len(own), *own, *both,
         ]  # fmt: skip
         return await hot.script(scripts.PUT_WRITES, _keys(shared, thread_id, entry), args)

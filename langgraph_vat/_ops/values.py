@@ -117,6 +117,7 @@ def encode_writes(
     codec: Codec,
     fence: Fence,
     *,
+    epoch: int,
     checkpoint_ns: str,
     checkpoint_id: str,
     run_id: str,
@@ -134,6 +135,7 @@ def encode_writes(
     return WritesEntry(
         uid=secrets.token_bytes(12),
         fence=fence,
+        epoch=epoch,
         checkpoint_ns=checkpoint_ns,
         checkpoint_id=checkpoint_id,
         run_id=run_id,
