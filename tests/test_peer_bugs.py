@@ -7,14 +7,17 @@ and a late put after a delete in `test_protocol`.
 
 import asyncio
 import math
+import operator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import psycopg
 import pytest
+import redis
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 
 from langgraph_vat import HybridSaver, InvalidInputError, Keyring, SchemaError, UnavailableError
@@ -218,3 +221,57 @@ def test_setup_against_a_held_lock_names_who_holds_it(postgres_url, monkeypatch)
             with pytest.raises(SchemaError, match="night job"):
                 late.setup()
             late.close()
+
+
+def _wide() -> StateGraph:
+    class Wide(TypedDict):
+        text: str
+        small: Annotated[list[int], operator.add]
+
+    def measure(state: Wide) -> Any:
+        return {"small": [len(state["text"])]}
+
+    def shrink(state: Wide) -> Any:
+        return {"small": [len(state["small"])], "text": "short"}
+
+    builder = StateGraph(Wide).add_node(measure).add_node("again", measure).add_node(shrink)
+    builder.add_edge(START, "measure").add_edge("measure", "again").add_edge("again", "shrink")
+    return builder
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_a_state_too_big_to_be_hot_takes_no_other_part(postgres_url, redis_url, is_sealed):
+    keyring = Keyring.generate() if is_sealed else None
+    options: Any = {"redis": redis_url, "max_head_bytes": 10_000, "keyring": keyring}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        states = []
+        for one in (saver, InMemorySaver()):
+            graph = _wide().compile(checkpointer=one)
+            for turn in range(3):
+                graph.invoke({"text": "x" * 20_000 * (turn % 2), "small": [turn]}, at())
+            states.append([s.values for s in graph.get_state_history(at())])
+            states.append(graph.get_state(at()).values)
+        assert states[:2] == states[2:]
+        assert saver._shared.counters.degraded == 0
+        # No value stayed in a head that is only written.
+        graph = _wide().compile(checkpointer=saver)
+        graph.update_state(at(), {"text": "y" * 20_000, "small": []})
+        with redis.Redis.from_url(redis_url) as client:
+            for head in client.keys("*}:h:*"):
+                assert sum(map(len, client.hvals(head))) < 10_000
+        assert graph.get_state(at()).values["text"] == "y" * 20_000
+
+
+def test_thousands_of_channels_and_writes(saver):
+    channels = {f"c{i}": i for i in range(9_000)}
+    many = checkpoint() | {
+        "channel_values": channels,
+        "channel_versions": dict.fromkeys(channels, "1"),
+    }
+    config = saver.put(at(), many, {}, dict.fromkeys(channels, "1"))
+    saver.put_writes(config, [("a", i) for i in range(9_000)], "task")
+    for _ in range(2):
+        found = saver.get_tuple(at())
+        assert found.checkpoint["channel_values"] == channels
+        assert [value for _, _, value in found.pending_writes] == list(range(9_000))
+        saver.flush()

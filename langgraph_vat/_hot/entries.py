@@ -16,7 +16,9 @@ twice. Fields:
 ``b:CHANNEL``         its value: type, NUL, bytes; nothing where it is empty
 ``w:LEN:ID:…``        a write with idx >= 0 (the first stays)
 ``x:LEN:ID:…``        a write with idx < 0 (the last stays)
+``o``                 packed: the pairs of an entry that is big or has many
 ``l``                 the head holds values that Postgres has no blobs for
+``z``                 the head is sparse: versions only, no values; reads go past it
 ====================  =====================================================
 """
 
@@ -29,9 +31,12 @@ from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot,
 
 Pairs = list[bytes]
 
+# Fields of a sparse head, beside the versions.
+_SPARSE = frozenset((b"f", b"i", b"p", b"l"))
+
 
 def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
-    """Return the pairs that only the journal holds, and those it shares with the head."""
+    """Return the pairs that only the journal holds, and those of the head."""
     journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
     journal += [b"q", ormsgpack.packb(sorted(entry.kept)), b"d", ormsgpack.packb(entry.needs)]
     return journal, list(_blob_pairs(entry.blobs))
@@ -42,6 +47,17 @@ def writes_pairs(entry: WritesEntry) -> tuple[Pairs, Pairs]:
     journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
     journal += [b"e", b"%d" % entry.epoch]
     return journal, list(write_pairs(entry.checkpoint_id, entry.writes))
+
+
+def sparse(pairs: Pairs) -> Pairs:
+    """Return the pairs of a head that are left when it has no values."""
+    kept = zip(pairs[::2], pairs[1::2], strict=True)
+    return [part for pair in kept if pair[0] in _SPARSE or pair[0][:2] == b"n:" for part in pair]
+
+
+def packed(pairs: Pairs) -> Pairs:
+    """Return one pair that holds others, for the journal alone."""
+    return [b"o", ormsgpack.packb(pairs)]
 
 
 def needs_pairs(entry: PutEntry) -> Pairs:
@@ -80,6 +96,8 @@ def unpack_core(packed: bytes) -> Core:
 def parse_entry(fields: Sequence[bytes]) -> Entry:
     """Return the entry that a journal's field list holds."""
     found = _mapping(fields)
+    if inner := found.get(b"o"):
+        found |= _mapping(ormsgpack.unpackb(inner))
     where: dict[str, Any] = {
         "uid": found[b"u"],
         "fence": Fence.parse(found[b"f"].decode()),

@@ -28,7 +28,15 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
-from langgraph_vat._hot.entries import Head, needs_pairs, pack_core, put_pairs, writes_pairs
+from langgraph_vat._hot.entries import (
+    Head,
+    needs_pairs,
+    pack_core,
+    packed,
+    put_pairs,
+    sparse,
+    writes_pairs,
+)
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.flush import commit, flush
 from langgraph_vat._ops.shared import Known, Shared
@@ -41,6 +49,8 @@ from langgraph_vat.errors import QuarantinedError, ThreadDeletedError, Unavailab
 # Longer ways taken before giving up. Each answer above is rare; in a row they
 # mean that others change this very thread all the time.
 _ROUNDS = 12
+# Lua hands no more than 8,000 values to a command.
+_MOST_FIELDS = 4_000
 _MOST_OPENED = 2
 
 
@@ -100,7 +110,7 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
             mode = "whole"
         elif answer == b"open":
             opened += 1
-            # Others keep changing the thread, or its head is too big: leave that to a reader.
+            # Others keep changing the thread: leave its head to a reader.
             mode = mode if opened <= _MOST_OPENED else "headless"
             known = await _open(shared, backend, serde, new, known)
         elif answer == b"stale":
@@ -265,11 +275,13 @@ def _put_call(entry: PutEntry, mode: str) -> Call:
         needs = needs_pairs(entry)
         own, both = put_pairs(entry)
         core = pack_core(entry.core)
-        size = len(core) + sum(map(len, both))
-        fitting = "headless" if size > shared.settings.max_head_bytes else mode
+        is_big = _is_big(shared, core, *both)
+        if is_big:
+            own, both = own + packed(both), sparse(both)
         args: list[Arg] = [
-            thread_id, entry.fence.text, shared.epoch, fitting, shared.settings.head_ttl_s,
-            entry.checkpoint_id, entry.parent_id, core, len(needs), len(own), *needs, *own, *both,
+            thread_id, entry.fence.text, shared.epoch, mode, shared.settings.head_ttl_s,
+            entry.checkpoint_id, entry.parent_id, core, int(is_big),
+            len(needs), len(own), *needs, *own, *both,
         ]  # fmt: skip
         return await hot.script(scripts.PUT, _keys(shared, thread_id, entry), args)
 
@@ -279,13 +291,21 @@ def _put_call(entry: PutEntry, mode: str) -> Call:
 def _writes_call(entry: WritesEntry) -> Call:
     async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
         own, both = writes_pairs(entry)
+        is_big = _is_big(shared, *both)
+        if is_big:
+            own, both = own + packed(both), []
         args: list[Arg] = [
             thread_id, entry.fence.text, entry.epoch, shared.settings.head_ttl_s,
-            entry.checkpoint_id, len(own), *own, *both,
+            entry.checkpoint_id, int(is_big), len(own), *own, *both,
         ]  # fmt: skip
         return await hot.script(scripts.PUT_WRITES, _keys(shared, thread_id, entry), args)
 
     return call
+
+
+def _is_big(shared: Shared, *parts: bytes) -> bool:
+    """Whether these are more than a head may have, or more than a script can handle one by one."""
+    return len(parts) > _MOST_FIELDS or sum(map(len, parts)) > shared.settings.max_head_bytes
 
 
 def _keys(shared: Shared, thread_id: str, entry: Entry) -> list[bytes]:

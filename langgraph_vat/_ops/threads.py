@@ -24,7 +24,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
-from langgraph_vat._hot.entries import empty_head_pairs, head_pairs, write_pairs
+from langgraph_vat._hot.entries import empty_head_pairs, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
@@ -148,7 +148,7 @@ async def fill(
         pairs = _pairs(known, serde, thread_id, snapshot)
         pairs += await _early_writes(backend, thread_id, checkpoint_ns, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
-            return known, snapshot
+            pairs = [*sparse(pairs), b"z", b"1"]
         args: list[Arg] = [
             ticket,
             known.fence.text,

@@ -109,6 +109,9 @@ async def _attach(
         await _note_policy(shared, hot)
     runs = await hot.run_ids()
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
+    if found is not None and hot_tier is None:
+        # Another process may have claimed both since the row was read.
+        _, hot_tier, hot_runs, _ = (await backend.durable.fetch(sql.SELECT_STATE))[0]
     if found is not None:
         _refuse_foreign(found, hot_tier)
     if hot_tier is None:

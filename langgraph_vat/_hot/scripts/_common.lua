@@ -18,6 +18,23 @@ local function starts(text, prefix)
   return text:sub(1, #prefix) == prefix
 end
 
+-- HSET of any number of fields: unpack takes no more than some thousands.
+local function set(key, values)
+  for from = 1, #values, 1000 do
+    redis.call('HSET', key, unpack(values, from, math.min(from + 999, #values)))
+  end
+end
+
+-- Leaves of a head what later puts must agree with: it is written, and not read.
+local function make_sparse(head)
+  for _, field in ipairs(redis.call('HKEYS', head)) do
+    if not (field:match('^[fipl]$') or starts(field, 'n:')) then
+      redis.call('HDEL', head, field)
+    end
+  end
+  redis.call('HSET', head, 'z', 1)
+end
+
 -- Why a thread cannot be used under this fence and epoch; nil when it can.
 local function obstacle(meta, fence, epoch)
   local state = redis.call('HMGET', meta, 'f', 'e')

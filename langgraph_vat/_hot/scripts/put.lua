@@ -1,24 +1,26 @@
 -- Store a checkpoint: journal and head change together.
 -- KEYS  meta, head, journal, dirty
--- ARGV  thread, fence, epoch, mode, ttl, id, parent, core,
---       2 x needs, 2 x journal-only fields, then those fields and the shared ones
+-- ARGV  thread, fence, epoch, mode, ttl, id, parent, core, 1 if big,
+--       2 x needs, 2 x journal-only fields, then those fields and the shared ones;
+--       of a big entry the journal-only fields hold all, the shared ones the versions
 -- mode  delta: only the changed channels; whole: all of them; headless: journal only
 local meta, head, journal, dirty = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local thread, fence, epoch, mode, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local id, parent, core = ARGV[6], ARGV[7], ARGV[8]
-local needs = 11
-local own = needs + tonumber(ARGV[9])
-local shared = own + tonumber(ARGV[10])
+local id, parent, core, big = ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1'
+local needs = 12
+local own = needs + tonumber(ARGV[10])
+local shared = own + tonumber(ARGV[11])
 
 local stop = obstacle(meta, fence, epoch)
 if stop and not (mode == 'headless' and stop[1] == 'open') then return stop end
 
-local newest
+local newest, sparse
 if mode ~= 'headless' then
-  local state = redis.call('HMGET', head, 'f', 'i', 'l')
+  local state = redis.call('HMGET', head, 'f', 'i', 'l', 'z')
   local current = state[2]
   if state[1] ~= fence then return {'open'} end
   newest = not less(id, current)
+  sparse = big or state[4]
   if mode == 'delta' and newest then
     if current ~= parent or state[3] then return {'whole'} end
     for at = needs, own - 1, 2 do
@@ -28,7 +30,7 @@ if mode ~= 'headless' then
 end
 
 local fields = {'k', 'put', 'f', fence, 'i', id, 'p', parent, 'c', core}
-for at = own, #ARGV do fields[#fields + 1] = ARGV[at] end
+for at = own, big and shared - 1 or #ARGV do fields[#fields + 1] = ARGV[at] end
 local entry = append(meta, journal, dirty, thread, ttl, fields)
 
 if mode == 'headless' then
@@ -44,9 +46,15 @@ elseif newest then
     end
     if not stays then redis.call('HDEL', head, field) end
   end
-  local values = {'f', fence, 'i', id, 'p', parent, 'c', core}
-  for at = shared, #ARGV do values[#values + 1] = ARGV[at] end
-  redis.call('HSET', head, unpack(values))
+  local values = {'f', fence, 'i', id, 'p', parent}
+  if not sparse then values[7], values[8] = 'c', core end
+  for at = shared, #ARGV, 2 do
+    if not sparse or starts(ARGV[at], 'n:') then
+      values[#values + 1], values[#values + 2] = ARGV[at], ARGV[at + 1]
+    end
+  end
+  set(head, values)
+  if sparse then make_sparse(head) end
   redis.call('EXPIRE', head, ttl)
 end
 return {'ok', entry, redis.call('HINCRBY', meta, 'n', 1)}
