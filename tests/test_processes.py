@@ -63,3 +63,58 @@ def test_processes_on_one_thread_lose_nothing_even_when_one_is_killed(postgres_u
 
 def _id(config: Any) -> str:
     return config["configurable"]["checkpoint_id"]
+
+
+FORKS = """
+import os, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph_vat import HybridSaver, Keyring, SemanticStore
+
+saver = HybridSaver.from_conn_string(
+    sys.argv[1], redis=sys.argv[2], keyring=Keyring.generate(), flush_after=0.2
+)
+store = SemanticStore.from_conn_string(sys.argv[1])
+builder = StateGraph(MessagesState).add_node("reply", lambda _: {"messages": [("ai", "x")]})
+graph = builder.add_edge(START, "reply").compile(checkpointer=saver)
+saver.setup()
+store.setup()
+
+def talk(thread):
+    config = {"configurable": {"thread_id": thread}}
+    store.put(("t",), thread, {"n": 1})
+    return len(graph.invoke({"messages": [("user", "x")]}, config)["messages"])
+
+stop = threading.Event()
+def busy():  # holds locks at the moment of a fork
+    while not stop.is_set():
+        talk("busy")
+threads = [threading.Thread(target=busy) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for child in range(6):
+    before = talk("parent")
+    pid = os.fork()
+    if pid == 0:
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(talk, [f"a{child}", f"b{child}"])) == [2, 2]
+        assert talk("parent") == before + 2
+        saver.flush()
+        os._exit(0)
+    assert talk(f"own{child}") == 2
+    assert os.waitpid(pid, 0)[1] == 0
+    assert talk("parent") == before + 4
+stop.set()
+for thread in threads:
+    thread.join()
+saver.close()
+store.close()
+print("done")
+"""
+
+
+def test_forked_children_share_nothing_with_their_parent(postgres_url, redis_url):
+    warnings = ("-W", "error", "-W", "ignore::DeprecationWarning")  # of forking with threads
+    command = [sys.executable, *warnings, "-c", FORKS, postgres_url, redis_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)

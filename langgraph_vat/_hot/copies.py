@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable
 
+from langgraph_vat._io.forks import renew_after_fork
 from langgraph_vat._records import Entry
 
 
@@ -17,6 +18,11 @@ class Copies:
     """Entries by thread, in the order in which they were acknowledged."""
 
     def __init__(self) -> None:
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Hold none: after a fork the parent still has its own."""
         self._lock = threading.Lock()
         self._threads: dict[str, dict[bytes, tuple[float, Entry]]] = {}
 

@@ -4,6 +4,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from langgraph_vat._io.forks import renew_after_fork
+
 logger = logging.getLogger("langgraph_vat")
 
 
@@ -18,13 +20,19 @@ class Background:
         self._name = name
         self._interval_s = interval_s
         self._work = work
+        self._is_stopped = False
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Have no thread yet, as after a fork."""
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, unless it has begun or was stopped."""
-        if self._thread is not None or self._stopped.is_set():
+        if self._thread is not None or self._is_stopped:
             return
         with self._lock:
             if self._thread is None:
@@ -33,13 +41,14 @@ class Background:
 
     def stop(self) -> None:
         """End after the round under way, and wait for it."""
-        self._stopped.set()
+        self._is_stopped = True
+        self._wake.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._interval_s):
+        while not self._wake.wait(self._interval_s):
             try:
                 self._work()
             except Exception as error:  # noqa: BLE001 - a round that fails must not end the thread

@@ -21,11 +21,14 @@ from redis.backoff import NoBackoff
 
 from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
 from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
+from langgraph_vat._io.forks import renew_after_fork
 from langgraph_vat._io.pool import AsyncioPool, BlockingPool
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 from langgraph_vat.settings import Settings
 
 _CLUSTER = "+cluster"
+# Kept alive in a forked child: to close one would say goodbye on its parent's socket.
+_inherited: list[Any] = []
 
 
 class Connections:
@@ -49,8 +52,17 @@ class Connections:
             _redis_url(redis_url)
         self._settings = settings
         self._kwargs = _connection_kwargs(postgres, settings, schema)
-        self._lock = threading.Lock()
         self._closed = False
+        self._begin()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Begin without any connection, and leave those that a parent has to it."""
+        _inherited.append((self._blocking, self._asyncio))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
         self._blocking: tuple[BlockingBackend, BlockingPool, Any] | None = None
         self._asyncio: WeakKeyDictionary[
             asyncio.AbstractEventLoop,

@@ -15,6 +15,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._hot.copies import Copies
 from langgraph_vat._hot.keys import Keys
+from langgraph_vat._io.forks import renew_after_fork
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
@@ -46,6 +47,11 @@ class KnownThreads:
     """
 
     def __init__(self) -> None:
+        self.renew()
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Know none."""
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Known | None] = OrderedDict()
 
