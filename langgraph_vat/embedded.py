@@ -216,6 +216,7 @@ class EmbeddedServers:
     Attributes:
         postgres: Connection string.
         redis: URL.
+        is_first: Whether nobody else used them when this object came.
     """
 
     def __init__(self, path: Path) -> None:
@@ -227,6 +228,7 @@ class EmbeddedServers:
         )
         self.postgres = self._servers[0].url
         self.redis = self._servers[1].url
+        self.is_first = False
         self._using: int | None = None
 
     @classmethod
@@ -275,6 +277,8 @@ class EmbeddedServers:
     def _start(self) -> None:
         with _locked(self._path / "start.lock"):
             _make_private(self._sockets)
+            with _locked_now(self._path / "users.lock") as lock:
+                self.is_first = lock is not None
             self._using = _open(self._path / "users.lock")
             fcntl.flock(self._using, fcntl.LOCK_SH)
             try:

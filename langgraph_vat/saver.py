@@ -55,6 +55,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         keyring: Seals every channel value, write and metadata with
             AES-256-GCM; None leaves them as LangGraph's serializer writes them.
         serde: Serializer of values. An `EncryptedSerializer` brings its keyring.
+        is_first: No other process uses the tiers yet. If Redis was restarted
+            since, there is then nobody to wait for.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         settings: Settings | None = None,
         keyring: Keyring | None = None,
         serde: SerializerProtocol | None = None,
+        is_first: bool = False,
     ) -> None:
         super().__init__(serde=serde)
         if isinstance(serde, EncryptedSerializer):
             keyring = keyring or serde.keyring
         self._life = Lifecycle(connections, settings or Settings(), keyring)
         self._shared = self._life.shared
+        self._shared.is_first = is_first
         self._view = View(None)
 
     @classmethod

@@ -1,6 +1,7 @@
 """What can be tuned, with units in the names; checked when it is set."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from langgraph_vat.errors import ConfigurationError
 
@@ -42,14 +43,21 @@ class Settings:
     key_prefix: str = "vat"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kinds = (int, float) if field.type is float else (type(field.default),)
+            value = getattr(self, field.name)
+            names = " or ".join(kind.__name__ for kind in kinds)
+            _require(
+                type(value) in kinds, f"{field.name} must be {names}, not {type(value).__name__}"
+            )
         _require(self.flush_every >= 1, "flush_every must be at least 1 super-step")
         _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
-        _require(self.flush_after > 0, "flush_after must be more than 0 seconds")
+        _require(0 < self.flush_after < math.inf, "flush_after must be more than 0 seconds")
         _require(self.head_ttl_s >= 1, "head_ttl_s must be at least 1 second")
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")
         _require(self.pool_size >= 1, "pool_size must be at least 1 connection")
-        _require(self.timeout_s > 0, "timeout_s must be more than 0 seconds")
-        _require(self.epoch_ttl_s > 0, "epoch_ttl_s must be more than 0 seconds")
+        _require(0 < self.timeout_s < math.inf, "timeout_s must be more than 0 seconds")
+        _require(0 < self.epoch_ttl_s < math.inf, "epoch_ttl_s must be more than 0 seconds")
         _require(
             self.key_prefix.isidentifier(),
             "key_prefix must be letters, digits and underscores, and start with a letter",

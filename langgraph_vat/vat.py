@@ -50,7 +50,11 @@ class Vat(Managed):
         self._servers = servers
         connections = Connections(postgres, redis, settings, schema)
         self.checkpointer = HybridSaver(
-            connections, settings=settings, keyring=keyring, serde=serde
+            connections,
+            settings=settings,
+            keyring=keyring,
+            serde=serde,
+            is_first=servers is not None and servers.is_first,
         )
         self.store = SemanticStore(connections, index=index, ttl=ttl, keyring=keyring, serde=serde)
 

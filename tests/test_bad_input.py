@@ -1,5 +1,6 @@
 """Input that cannot be stored is refused before anything is written; odd ids stay apart."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,9 @@ def test_odd_ids_are_isolated(saver: HybridSaver) -> None:
 def test_unusable_settings_and_keys() -> None:
     with pytest.raises(ConfigurationError):
         Settings(flush_every=0)
+    for wrong in ({"flush_every": "3"}, {"flush_every": True}, {"flush_after": math.inf}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            Settings(**wrong)
     with pytest.raises(ConfigurationError):
         Keyring([("k", b"short")])
 

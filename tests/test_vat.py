@@ -47,6 +47,18 @@ def test_a_step_waits_no_longer_than_flush_after(postgres_url, redis_url):
         assert _stored(postgres_url) == 1
 
 
+def test_embedded_servers_that_were_stopped_are_believed_at_once(own_directory, caplog):
+    for step in range(2):
+        with Vat.embedded(own_directory) as vat:
+            for _ in range(step + 1):
+                vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
+            assert len(list(vat.checkpointer.list(CONFIG))) == 2 * step + 1
+            assert not vat.checkpointer._shared.is_degraded
+            assert vat.checkpointer.get_tuple(CONFIG) is not None
+            assert vat.checkpointer._shared.counters.hits == 1
+    assert not caplog.records
+
+
 LEAVES = """
 import sys
 from langgraph.checkpoint.base import empty_checkpoint

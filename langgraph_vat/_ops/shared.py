@@ -119,6 +119,8 @@ class Shared:
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)
     quarantine: dict[str, Exception] = field(default_factory=dict)
+    is_first: bool = False
+    """Whether no other process used the tiers when this one came."""
     may_evict_journals: bool = False
     """Whether Redis would drop journals when its memory is full."""
 

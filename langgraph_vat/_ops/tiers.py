@@ -105,7 +105,8 @@ async def refresh(shared: Shared, backend: Backend) -> None:
 async def _attach(
     shared: Shared, backend: Backend, hot: Hot, hot_tier: str | None, hot_runs: str | None
 ) -> None:
-    if shared.state.read_at == float("-inf"):
+    is_start = shared.state.read_at == float("-inf")
+    if is_start:
         await _note_policy(shared, hot)
     runs = await hot.run_ids()
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
@@ -120,10 +121,16 @@ async def _attach(
         hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
     elif found is None or runs != hot_runs:
         # Redis lost its memory, or one with an older memory took its place:
-        # others may hold steps that only they have, and heads may be stale.
-        logger.warning("Redis restarted, failed over or was emptied: flushing what it had")
-        wait_s = shared.settings.flush_after + shared.settings.epoch_ttl_s
+        # heads may be stale, and others may hold steps that only they have.
+        has_others = not (is_start and shared.is_first)
+        wait_s = shared.settings.flush_after + shared.settings.epoch_ttl_s if has_others else 0
         await _raise_epoch(shared, backend, wait_s, runs)
+        if has_others:
+            logger.warning(
+                "Redis was restarted, replaced or emptied: for %.0f s steps go to Postgres, and"
+                " every process flushes what it holds. Nothing that was acknowledged is lost.",
+                wait_s,
+            )
     if found is None:
         arguments: list[Arg] = [str(hot_tier), 1]
         found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
