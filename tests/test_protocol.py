@@ -168,6 +168,18 @@ def test_a_head_filled_before_the_copies_arrived_is_not_served_after(process, cl
     assert other.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
 
 
+def test_what_follows_a_loss_of_memory_finds_its_base_among_the_copies(process, client):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    client.flushall()
+    config = put(saver, config, 2)
+    put(saver, config, 3)  # relies on values that only the copies have
+    client.delete(*client.keys("*}:h:*"))
+    for one in (saver, other):
+        assert one.get_tuple(at()).checkpoint["channel_values"] == {"a": 3, "kept": "kept"}
+    assert values(other) == [3, 2, 1]
+
+
 def test_a_late_child_of_a_deleted_thread_is_refused(process, postgres_url):
     saver, other = process(), process()
     config = put(saver, None, 1)

@@ -8,8 +8,8 @@ Move what was acknowledged into Postgres.
 3. Only after the commit: trim those very entries, and drop those very copies.
 
 A flush may die anywhere and be done again: every statement gives the same
-rows the second time. An entry whose base is missing is held back together
-with what follows it in its thread; it stays in the journal.
+rows the second time. An entry whose base is missing is held back, with those
+that build on it; it stays in the journal.
 """
 
 import logging
@@ -26,8 +26,8 @@ from langgraph_vat._hot.entries import parse_entry
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.shared import Shared
 from langgraph_vat._ops.tiers import degrade
-from langgraph_vat._records import Entry, Fence, PutEntry, WritesEntry
-from langgraph_vat.errors import QuarantinedError
+from langgraph_vat._records import Entry, Fence, PutEntry
+from langgraph_vat.errors import QuarantinedError, UnavailableError
 
 logger = logging.getLogger("langgraph_vat")
 
@@ -66,19 +66,25 @@ async def flush(
     Without `wait`, threads that another transaction holds are left to it.
 
     Raises:
-        UnavailableError: Postgres does not answer; nothing was lost.
+        UnavailableError: Postgres does not answer, or steps wait for others
+            that only another process has; nothing was lost.
         QuarantinedError: Postgres refuses the data of a thread for good.
     """
-    todo = sorted(thread_ids)
+    todo, waiting = sorted(thread_ids), 0
     for start in range(0, len(todo), _MOST_THREADS):
         some = todo[start : start + _MOST_THREADS]
         try:
-            await _flush_some(shared, backend, some, wait=wait)
+            waiting += await _flush_some(shared, backend, some, wait=wait)
         except (psycopg.DataError, psycopg.ProgrammingError) as error:
             if len(some) == 1:
                 raise _quarantine(shared, some[0], error) from error
             for thread_id in some:
                 await _flush_alone(shared, backend, thread_id, wait=wait)
+    if wait and waiting:
+        raise UnavailableError(
+            f"{waiting} steps wait for what another process has still to store. Nothing was lost;"
+            " repeat it in some seconds."
+        )
 
 
 async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry) -> bytes:
@@ -150,7 +156,9 @@ def _quarantine(shared: Shared, thread_id: str, error: Exception) -> Quarantined
 
 async def _flush_some(
     shared: Shared, backend: Backend, thread_ids: Sequence[str], *, wait: bool
-) -> None:
+) -> int:
+    """Flush in one transaction; return how many entries had to stay."""
+
     async def body(session: Session) -> list[_Batch]:
         fences, mine = await _lock(session, thread_ids, wait=wait)
         batches = [await _read(shared, backend, thread_id) for thread_id in mine]
@@ -158,12 +166,14 @@ async def _flush_some(
             await _write(session, fences, batches)
         return batches
 
-    for batch in await backend.durable.transact(body):
+    batches = await backend.durable.transact(body)
+    for batch in batches:
         shared.counters.flushes += bool(batch.entries)
         shared.counters.flushed_steps += sum(isinstance(e, PutEntry) for e in batch.entries)
         await _trim(shared, backend, batch)
         _drop(shared, batch)
         shared.quarantine.pop(batch.thread_id, None)
+    return sum(len(batch.held) for batch in batches)
 
 
 async def _lock(
@@ -268,29 +278,37 @@ def _is_history(entry: Entry, fence: Fence | None, checks: _Checks, batch: _Batc
 def _satisfied(
     batch: _Batch, entries: list[Entry], missing: set[tuple[str, str, str, str]]
 ) -> list[Entry]:
-    """Return the entries up to the first whose base nobody has; hold the rest back."""
-    brought: set[tuple[str, str, str]] = set()
-    for position, entry in enumerate(entries):
-        if isinstance(entry, WritesEntry):
-            continue
-        ns = entry.checkpoint_ns
-        brought |= {(ns, blob.channel, blob.version) for blob in entry.blobs}
-        lacks = [
-            channel
-            for channel, version in entry.needs
-            if (batch.thread_id, ns, channel, version) in missing
-            and (ns, channel, version) not in brought
-        ]
-        if lacks:
-            logger.error(
-                "checkpoint %s of thread %r waits for %d values that are in neither tier",
-                entry.checkpoint_id,
-                batch.thread_id,
-                len(lacks),
-            )
-            batch.held.update(e.uid for e in entries[position:])
-            return entries[:position]
-    return entries
+    """
+    Return the entries whose base Postgres has, or gets with them; hold the others back.
+
+    Their order says nothing: after Redis lost its memory what came first is
+    only among the copies, behind what the journal has since.
+    """
+    puts = [entry for entry in entries if isinstance(entry, PutEntry)]
+    while True:
+        brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
+        held = [e for e in puts if _lacks(batch.thread_id, e, missing, brought)]
+        if not held:
+            break
+        batch.held |= {entry.uid for entry in held}
+        puts = [entry for entry in puts if entry.uid not in batch.held]
+    if batch.held:
+        logger.error(
+            "%d checkpoints of thread %r wait for values that are in neither tier",
+            len(batch.held),
+            batch.thread_id,
+        )
+    return [entry for entry in entries if entry.uid not in batch.held]
+
+
+def _lacks(
+    thread_id: str,
+    entry: PutEntry,
+    missing: set[tuple[str, str, str, str]],
+    brought: set[tuple[str, str, str]],
+) -> bool:
+    ns = entry.checkpoint_ns
+    return any((thread_id, ns, *n) in missing and (ns, *n) not in brought for n in entry.needs)
 
 
 async def _insert(session: Session, pairs: list[tuple[str, Entry]]) -> None:

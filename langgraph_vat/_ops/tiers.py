@@ -23,8 +23,8 @@ from langgraph_vat.errors import ConfigurationError, UnavailableError
 
 logger = logging.getLogger("langgraph_vat")
 
-# Seconds for which nobody tries a Redis that failed.
-_DEGRADED_S = 5.0
+# For so many times `epoch_ttl_s` nobody tries a Redis that failed.
+_DEGRADED_TTLS = 5
 
 
 async def hot_to_write(shared: Shared, backend: Backend) -> Hot | None:
@@ -166,7 +166,7 @@ async def degrade(shared: Shared, backend: Backend) -> None:
     """
     if not shared.is_degraded:
         shared.counters.degraded += 1
-        await _raise_epoch(shared, backend, _DEGRADED_S, None)
+        await _raise_epoch(shared, backend, _DEGRADED_TTLS * shared.settings.epoch_ttl_s, None)
     await _until_obeyed(shared, backend)
 
 
