@@ -301,7 +301,7 @@ def test_redis_goes_and_comes_back(own_redis, postgres_url):
         assert rows(postgres_url) == 2
         assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
         own_redis.start()
-        saver._shared.state.degraded_until = float("-inf")
+        end_degradation(postgres_url, saver)
         assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
         put(saver, config, 3)
         assert values(saver) == [3, 2, 1]
@@ -330,7 +330,7 @@ def test_a_redis_that_went_back_in_time_is_not_believed(own_redis, postgres_url,
 
 def end_degradation(url: str, *savers: HybridSaver) -> None:
     with psycopg.connect(url) as connection:
-        connection.execute("UPDATE vat_state SET degraded_until = 'epoch'")
+        connection.execute("UPDATE vat_state SET degraded_until = now()")
     for saver in savers:
         saver._shared.state.read_at = float("-inf")
 

@@ -435,10 +435,15 @@ AND c.checkpoint_id = n.checkpoint_id
 
 # --- the tiers as a whole ------------------------------------------------
 
+# Null seconds: Redis is trusted.
 SELECT_STATE: LiteralString = """
-SELECT epoch, hot_tier::text, hot_runs,
-    greatest(0, extract(epoch FROM degraded_until - now()))::float8
+SELECT epoch, hot_tier::text, hot_runs, extract(epoch FROM degraded_until - now())::float8
 FROM vat_state
+"""
+
+# Whoever writes past Redis holds this until its commit: the epoch cannot end before.
+SHARE_STATE: LiteralString = """
+SELECT epoch FROM vat_state WHERE degraded_until IS NOT NULL FOR SHARE
 """
 
 CLAIM_HOT_TIER: LiteralString = """
@@ -446,9 +451,21 @@ UPDATE vat_state SET hot_tier = %(hot_tier)s, hot_runs = %(hot_runs)s WHERE hot_
 RETURNING hot_tier
 """
 
+# One that is degraded already goes on for longer.
 RAISE_EPOCH: LiteralString = """
-UPDATE vat_state SET epoch = epoch + 1,
+UPDATE vat_state SET epoch = epoch + (degraded_until IS NULL)::int,
     degraded_until = greatest(degraded_until, now() + %(seconds)s * interval '1 second'),
     hot_runs = coalesce(%(hot_runs)s, hot_runs)
 RETURNING epoch
+"""
+
+EXTEND_EPOCH: LiteralString = """
+UPDATE vat_state SET degraded_until = now() + %(seconds)s * interval '1 second'
+WHERE epoch = %(epoch)s RETURNING epoch
+"""
+
+# Redis is trusted again, under an epoch in which nothing was written past it.
+TRUST_HOT_TIER: LiteralString = """
+UPDATE vat_state SET epoch = epoch + 1, degraded_until = NULL, hot_runs = %(hot_runs)s
+WHERE epoch = %(epoch)s AND (degraded_until IS NULL OR degraded_until <= now()) RETURNING epoch
 """

@@ -106,7 +106,7 @@ CREATE TABLE IF NOT EXISTS vat_state (
     epoch BIGINT NOT NULL DEFAULT 0,
     hot_tier UUID,
     hot_runs TEXT,
-    degraded_until TIMESTAMPTZ NOT NULL DEFAULT 'epoch'
+    degraded_until TIMESTAMPTZ
 )""",
     "INSERT INTO vat_state DEFAULT VALUES ON CONFLICT DO NOTHING",
     """

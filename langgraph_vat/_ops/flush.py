@@ -25,7 +25,7 @@ from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.shared import Shared
-from langgraph_vat._ops.tiers import degrade
+from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._records import Entry, Fence, PutEntry
 from langgraph_vat.errors import QuarantinedError, UnavailableError
 
@@ -92,23 +92,26 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
     Store one entry in Postgres without Redis, after this process's own copies.
 
     Returns:
-        ``ok``; or ``stale`` where the thread has another fence, or ``whole``
-        where a value that it relies on is missing: nothing of it was stored.
+        ``ok``; or ``stale`` where the thread has another fence, ``whole``
+        where a value that it relies on is missing, ``hot`` where Redis is
+        trusted again: nothing of it was stored.
     """
 
-    async def body(session: Session) -> _Batch | None:
+    async def body(session: Session) -> bytes | _Batch:
+        if backend.hot is not None and not await holds_epoch(shared, session):
+            return b"hot"
         fences, _ = await _lock(session, [thread_id], wait=True)
         if fences.get(thread_id) != entry.fence:
-            return None
+            return b"stale"
         batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
         await _write(session, fences, [batch])
         return batch
 
-    batch = await backend.durable.transact(body)
-    if batch is None:
-        return b"stale"
-    _drop(shared, batch)
-    return b"whole" if entry.uid in batch.held else b"ok"
+    done = await backend.durable.transact(body)
+    if isinstance(done, bytes):
+        return done
+    _drop(shared, done)
+    return b"whole" if entry.uid in done.held else b"ok"
 
 
 async def overdue(
@@ -159,18 +162,28 @@ async def _flush_some(
 ) -> int:
     """Flush in one transaction; return how many entries had to stay."""
 
-    async def body(session: Session) -> list[_Batch]:
+    async def body(session: Session) -> list[_Batch] | None:
+        if is_past and not await holds_epoch(shared, session):
+            return None
         fences, mine = await _lock(session, thread_ids, wait=wait)
-        batches = [await _read(shared, backend, thread_id) for thread_id in mine]
+        batches = [await _read(shared, hot, thread_id) for thread_id in mine]
         if any(batch.entries for batch in batches):
             await _write(session, fences, batches)
         return batches
 
-    batches = await backend.durable.transact(body)
+    batches = None
+    while batches is None:
+        hot = await hot_to_write(shared, backend)
+        is_past = hot is None and backend.hot is not None
+        try:
+            batches = await backend.durable.transact(body)
+        except HotTierError:
+            await degrade(shared, backend)
     for batch in batches:
         shared.counters.flushes += bool(batch.entries)
         shared.counters.flushed_steps += sum(isinstance(e, PutEntry) for e in batch.entries)
-        await _trim(shared, backend, batch)
+        if hot is not None:
+            await _trim(shared, backend, hot, batch)
         _drop(shared, batch)
         shared.quarantine.pop(batch.thread_id, None)
     return sum(len(batch.held) for batch in batches)
@@ -191,15 +204,11 @@ async def _lock(
     return fences, [t for t in thread_ids if t in fences or t not in existing]
 
 
-async def _read(shared: Shared, backend: Backend, thread_id: str) -> _Batch:
+async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
     copies = shared.copies.of(thread_id)
-    if backend.hot is None or shared.is_degraded:
+    if hot is None:
         return _Batch(thread_id, [], copies)
-    try:
-        raw = await backend.hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], [])
-    except HotTierError:
-        # Our own copies are safe to write; the rest waits until Redis answers.
-        return _Batch(thread_id, [], copies)
+    raw = await hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], [])
     return _Batch(thread_id, [(entry_id, parse_entry(fields)) for entry_id, fields in raw], copies)
 
 
@@ -388,28 +397,29 @@ async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> No
         await session.execute(sql.INSERT_LAST_WRITES, columns(rows, *names, "epochs"))
 
 
-async def _trim(shared: Shared, backend: Backend, batch: _Batch) -> None:
-    """Take out of Redis what Postgres has now. If that fails the next flush does it."""
-    if backend.hot is None or shared.is_degraded:
-        return
+async def _trim(shared: Shared, backend: Backend, hot: Hot, batch: _Batch) -> None:
+    """
+    Take out of Redis what Postgres has now, and heads that it has overtaken.
+
+    If entries cannot be trimmed the next flush does it. If heads cannot be
+    voided, the epoch in which they are served has to end.
+    """
     keys, thread_id = shared.keys, batch.thread_id
     done = [(entry_id, e) for entry_id, e in batch.journal if e.uid not in batch.held]
+    past = {entry.checkpoint_ns for entry in batch.only_copies}
     meta, journal = keys.meta(thread_id), keys.journal(thread_id)
     try:
+        if past:
+            heads = [keys.head(thread_id, ns) for ns in sorted(past)]
+            await hot.script(scripts.VOID, [meta, *heads], [])
         if done:
             steps = sum(isinstance(entry, PutEntry) for _, entry in done)
-            args: list[Arg] = [
-                thread_id,
-                steps,
-                shared.settings.head_ttl_s,
-                *(entry_id for entry_id, _ in done),
-            ]
-            await backend.hot.script(scripts.TRIM, [meta, journal, keys.dirty(thread_id)], args)
-        if past := {entry.checkpoint_ns for entry in batch.only_copies}:
-            heads = [keys.head(thread_id, ns) for ns in sorted(past)]
-            await backend.hot.script(scripts.VOID, [meta, *heads], [])
+            ids = (entry_id for entry_id, _ in done)
+            args: list[Arg] = [thread_id, steps, shared.settings.head_ttl_s, *ids]
+            await hot.script(scripts.TRIM, [meta, journal, keys.dirty(thread_id)], args)
     except HotTierError:
-        logger.warning("Redis did not take the trim of thread %r; the next flush will", thread_id)
+        if past:
+            await degrade(shared, backend)
 
 
 def _drop(shared: Shared, batch: _Batch) -> None:

@@ -99,10 +99,9 @@ class Counters:
 class State:
     """The row on which all processes agree, as last read."""
 
-    epoch: int = 0
-    is_hot: bool = False
+    epoch: int = -1
+    is_degraded: bool = False
     read_at: float = float("-inf")
-    degraded_until: float = float("-inf")
     obeyed_at: float = float("-inf")
     """When every process has read the epoch that this one knows."""
 
@@ -132,7 +131,7 @@ class Shared:
     @property
     def is_degraded(self) -> bool:
         """Whether some process is, or was just now, cut off from Redis."""
-        return now() < self.state.degraded_until
+        return self.state.is_degraded
 
     @property
     def epoch(self) -> bytes:

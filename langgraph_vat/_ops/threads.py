@@ -28,7 +28,7 @@ from langgraph_vat._hot.entries import empty_head_pairs, head_pairs, sparse, wri
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
-from langgraph_vat._ops.tiers import degrade, hot_to_write
+from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._ops.values import encode_blob, refuse_plaintext
 from langgraph_vat._records import Core, Fence, Snapshot, Write
 from langgraph_vat._seal.associated_data import associated_data
@@ -264,16 +264,22 @@ async def change_history(
             return False
         fence, _ = found
         hot = await _close(shared, backend, thread_id, fence)
-        is_deleted = False
+        done = is_deleted = False
         try:
             if not is_deletion:
                 await flush(shared, backend, [thread_id])
-            done = await _under_lock(backend, thread_id, fence, body, is_deletion=is_deletion)
+            is_past = hot is None and backend.hot is not None
+            done = await _under_lock(
+                shared, backend, thread_id, fence, body, is_deletion=is_deletion, is_past=is_past
+            )
             is_deleted = done and is_deletion
         finally:
             shared.threads.forget(thread_id)
             if hot is not None:
-                await _reopen(shared, hot, thread_id, fence.text, is_deleted=is_deleted)
+                is_ours = await _reopen(shared, hot, thread_id, fence.text, is_deleted=is_deleted)
+                if not is_ours and done:
+                    # Redis forgot that it was closed: it may have been filled meanwhile.
+                    await degrade(shared, backend)
         if is_deleted:
             shared.copies.drop(thread_id, [e.uid for e in shared.copies.of(thread_id)])
             shared.threads.set(thread_id, None)
@@ -295,16 +301,20 @@ async def _close(shared: Shared, backend: Backend, thread_id: str, fence: Fence)
 
 
 async def _under_lock(
+    shared: Shared,
     backend: Backend,
     thread_id: str,
     fence: Fence,
     body: Callable[[Session, Fence], Awaitable[None]],
     *,
     is_deletion: bool,
+    is_past: bool,
 ) -> bool:
     params = {"thread": thread_id}
 
     async def transaction(session: Session) -> bool:
+        if is_past and not await holds_epoch(shared, session):
+            return False
         rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
         if not rows or Fence(*rows[0][1:]) != fence:
             return False
@@ -317,9 +327,12 @@ async def _under_lock(
 
 async def _reopen(
     shared: Shared, hot: Hot, thread_id: str, fence: str, *, is_deleted: bool
-) -> None:
+) -> bool:
+    """Open a thread; return whether it was still closed under this fence."""
     keys = shared.keys
     three = [keys.meta(thread_id), keys.journal(thread_id), keys.dirty(thread_id)]
     # Should Redis not answer, the next caller finds the thread closed and opens it.
     with suppress(HotTierError):
-        await hot.script(scripts.REOPEN, three, [fence, thread_id, int(is_deleted)])
+        reply = await hot.script(scripts.REOPEN, three, [fence, thread_id, int(is_deleted)])
+        return bool(reply[0] == b"ok")
+    return True

@@ -1,15 +1,21 @@
 """
 Whether Redis may be trusted right now.
 
-One row in Postgres, (epoch, hot tier, degraded until), is what every process
-agrees on. A head counts only under the current epoch, and a process serves
-one only if it has read the row within the last `epoch_ttl_s` seconds. So a
-process that cannot reach Redis raises the epoch, waits that long, and may
-then write past Redis: no head from before is served by anyone, whoever dies
-in between. The same happens when another Redis process holds the data than
-the row says: it may remember less than the one before. While
-`degraded_until` lies ahead every process commits each step in Postgres and
-neither serves nor fills heads.
+One row in Postgres is what every process agrees on: the epoch, whether it is
+a degraded one, and which Redis holds the data.
+
+1. A head counts only under the epoch it was made in, and a process serves one
+   only if it has read the row within the last `epoch_ttl_s` seconds.
+2. A process that cannot reach Redis begins a degraded epoch, and so does one
+   that finds another Redis process, or an emptied one, in the place of the one
+   that the row names: it may remember less. From then on every process flushes
+   its own copies, and goes past Redis.
+3. Past Redis means in a transaction that holds the row, and finds it in that
+   very epoch. The first who does waits until everyone has read the row, so
+   nobody serves a head from before, whoever dies in between.
+4. After a while the first who finds Redis well begins a new epoch, in which it
+   is trusted. Nothing was ever written past Redis in that one, so its heads
+   cannot be overtaken unseen.
 """
 
 import logging
@@ -17,7 +23,7 @@ import uuid
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
-from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -29,20 +35,19 @@ _DEGRADED_TTLS = 5
 
 async def hot_to_write(shared: Shared, backend: Backend) -> Hot | None:
     """Return Redis, or None to write past it. The row's last reading will do: a put cannot lie."""
-    if shared.state.read_at == float("-inf"):
-        await refresh(shared, backend)
-    return await _unless_degraded(shared, backend)
+    return await _hot(shared, backend, float("inf"))
 
 
 async def hot_to_read(shared: Shared, backend: Backend) -> Hot | None:
     """Return Redis, or None to read past it, after making sure the row was read just now."""
-    if now() - shared.state.read_at >= shared.settings.epoch_ttl_s:
+    return await _hot(shared, backend, shared.settings.epoch_ttl_s)
+
+
+async def _hot(shared: Shared, backend: Backend, ttl_s: float) -> Hot | None:
+    state = shared.state
+    if state.is_degraded or state.epoch < 0 or now() - state.read_at >= ttl_s:
         await refresh(shared, backend)
-    return await _unless_degraded(shared, backend)
-
-
-async def _unless_degraded(shared: Shared, backend: Backend) -> Hot | None:
-    if not shared.is_degraded:
+    if not state.is_degraded:
         return backend.hot
     await _until_obeyed(shared, backend)
     return None
@@ -50,9 +55,15 @@ async def _unless_degraded(shared: Shared, backend: Backend) -> Hot | None:
 
 async def _until_obeyed(shared: Shared, backend: Backend) -> None:
     """Wait until no process serves a head, or takes a step, under an earlier epoch."""
-    left = shared.state.obeyed_at - now()
-    if left > 0:
-        await backend.sleep(left)
+    left_s = shared.state.obeyed_at - now()
+    if left_s > 0:
+        await backend.sleep(left_s)
+
+
+async def holds_epoch(shared: Shared, session: Session) -> bool:
+    """Whether Redis may be passed by in this transaction; it may then until the commit."""
+    rows = await session.fetch(sql.SHARE_STATE)
+    return bool(rows) and rows[0][0] == shared.state.epoch
 
 
 async def require_hot(shared: Shared, backend: Backend, address: str) -> None:
@@ -84,27 +95,33 @@ async def refresh(shared: Shared, backend: Backend) -> None:
         UnavailableError: Postgres does not answer.
     """
     read_at = now()
-    epoch, hot_tier, hot_runs, degraded_s = (await backend.durable.fetch(sql.SELECT_STATE))[0]
-    if backend.hot is None and hot_tier is not None:
-        msg = (
-            "this database has a hot tier: other processes keep steps in Redis that are not in"
-            " Postgres yet, so nothing was read or written without it. Pass its redis= URL."
-        )
-        raise ConfigurationError(msg)
-    if epoch != shared.state.epoch:
-        shared.state.obeyed_at = read_at + shared.settings.epoch_ttl_s
-    shared.state.epoch, shared.state.degraded_until = epoch, read_at + degraded_s
-    if backend.hot is not None and degraded_s <= 0:
+    epoch, hot_tier, hot_runs, left_s = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+    if backend.hot is None:
+        if hot_tier is not None:
+            raise _needs_hot_tier()
+        shared.state.epoch, shared.state.read_at = epoch, read_at
+        return
+    _learn(shared, epoch, read_at, is_degraded=left_s is not None)
+    if left_s is None or left_s <= 0:
         try:
             await _attach(shared, backend, backend.hot, hot_tier, hot_runs)
         except HotTierError:
-            await degrade(shared, backend)
-    shared.state.read_at = read_at
+            await _stay_past(shared, backend)
+    shared.state.read_at = max(read_at, shared.state.read_at)
+
+
+def _learn(shared: Shared, epoch: int, known_at: float, *, is_degraded: bool) -> None:
+    """Take over an epoch, unless this process knows a later one already."""
+    state = shared.state
+    if epoch > state.epoch:
+        state.epoch, state.is_degraded = epoch, is_degraded
+        state.obeyed_at = known_at + shared.settings.epoch_ttl_s
 
 
 async def _attach(
     shared: Shared, backend: Backend, hot: Hot, hot_tier: str | None, hot_runs: str | None
 ) -> None:
+    """Compare Redis with the row: go on with it, or begin another epoch."""
     is_start = shared.state.read_at == float("-inf")
     if is_start:
         await _note_policy(shared, hot)
@@ -115,26 +132,41 @@ async def _attach(
         _, hot_tier, hot_runs, _ = (await backend.durable.fetch(sql.SELECT_STATE))[0]
     if found is not None:
         _refuse_foreign(found, hot_tier)
+    is_lost = hot_tier is not None and (found is None or runs != hot_runs)
     if hot_tier is None:
         ours = {"hot_tier": str(uuid.uuid4()), "hot_runs": runs}
         await backend.durable.fetch(sql.CLAIM_HOT_TIER, ours)
         hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
-    elif found is None or runs != hot_runs:
-        # Redis lost its memory, or one with an older memory took its place:
+    elif is_lost and not (is_start and shared.is_first):
+        # It lost its memory, or one with an older memory took its place:
         # heads may be stale, and others may hold steps that only they have.
-        has_others = not (is_start and shared.is_first)
-        wait_s = shared.settings.flush_after + shared.settings.epoch_ttl_s if has_others else 0
+        wait_s = shared.settings.flush_after + shared.settings.epoch_ttl_s
         await _raise_epoch(shared, backend, wait_s, runs)
-        if has_others:
-            logger.warning(
-                "Redis was restarted, replaced or emptied: for %.0f s steps go to Postgres, and"
-                " every process flushes what it holds. Nothing that was acknowledged is lost.",
-                wait_s,
-            )
+        logger.warning(
+            "Redis was restarted, replaced or emptied: for %.0f s steps go to Postgres, and"
+            " every process flushes what it holds. Nothing that was acknowledged is lost.",
+            wait_s,
+        )
+    elif is_lost or shared.is_degraded:
+        await _trust(shared, backend, runs)
     if found is None:
         arguments: list[Arg] = [str(hot_tier), 1]
         found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
         _refuse_foreign(found, hot_tier)
+
+
+async def _trust(shared: Shared, backend: Backend, runs: str) -> None:
+    params = {"epoch": shared.state.epoch, "hot_runs": runs}
+    rows = await backend.durable.fetch(sql.TRUST_HOT_TIER, params)
+    if rows:  # else another process did, and the next look at the row tells
+        _learn(shared, rows[0][0], now(), is_degraded=False)
+
+
+def _needs_hot_tier() -> ConfigurationError:
+    return ConfigurationError(
+        "this database has a hot tier: other processes keep steps in Redis that are not in"
+        " Postgres yet, so nothing was read or written without it. Pass its redis= URL."
+    )
 
 
 def _refuse_foreign(found: bytes, hot_tier: str | None) -> None:
@@ -170,11 +202,19 @@ async def degrade(shared: Shared, backend: Backend) -> None:
     await _until_obeyed(shared, backend)
 
 
+async def _stay_past(shared: Shared, backend: Backend) -> None:
+    """Redis does not answer: begin a degraded epoch, or go on with the one that would end."""
+    if not shared.is_degraded:
+        await degrade(shared, backend)
+        return
+    seconds = _DEGRADED_TTLS * shared.settings.epoch_ttl_s
+    params = {"epoch": shared.state.epoch, "seconds": seconds}
+    await backend.durable.fetch(sql.EXTEND_EPOCH, params)
+
+
 async def _raise_epoch(
     shared: Shared, backend: Backend, seconds: float, hot_runs: str | None
 ) -> None:
     params = {"seconds": seconds, "hot_runs": hot_runs}
     epoch = (await backend.durable.fetch(sql.RAISE_EPOCH, params))[0][0]
-    state, known_at = shared.state, now()
-    state.epoch, state.degraded_until = epoch, known_at + seconds
-    state.obeyed_at = known_at + shared.settings.epoch_ttl_s
+    _learn(shared, epoch, now(), is_degraded=True)
