@@ -137,6 +137,11 @@ class Cluster:
         if self._has_disk:
             subprocess.run(["umount", "-l", str(self._disk)], check=True)
 
+    def wait_for_workers(self) -> None:
+        """Wait until every one has a connection and begins."""
+        while not all(worker.oldest() for worker in self.workers):
+            time.sleep(0.1)
+
     def finish(self) -> None:
         """Have the workers end as they do in peace."""
         for worker in self.workers:

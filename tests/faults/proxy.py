@@ -56,9 +56,10 @@ class Proxy:
 
     def close(self) -> None:
         """Stop."""
-        self._call(self._reset_all)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def _call(self, work: Callable[[], Any]) -> None:
         done = threading.Event()
@@ -70,12 +71,18 @@ class Proxy:
         self._loop.call_soon_threadsafe(run)
         done.wait()
 
+    async def _end(self) -> None:
+        self._server.close()
+        self._reset_all()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait(others, timeout=5) if others else None
+
     def _run(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(
+        self._server = self._loop.run_until_complete(
             asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20)
         )
-        self.port: int = server.sockets[0].getsockname()[1]
+        self.port: int = self._server.sockets[0].getsockname()[1]
         started.set()
         self._loop.run_forever()
 

@@ -46,7 +46,7 @@ def test_no_single_fault_breaks_the_contract(flush_every, capsys):
 def _run(cluster: Cluster, seed: str) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter({"clocks minutes apart": 1})
     wrong: list[str] = []
-    time.sleep(1.5)
+    cluster.wait_for_workers()
     for kind in _sequence(cluster.kinds(), random.Random(seed)):
         method = getattr(cluster, kind)
         if method.takes != "nothing":
