@@ -347,6 +347,38 @@ def test_a_journal_from_before_redis_failed_undoes_no_later_write(process, postg
         assert found.pending_writes == [("task", "__resume__", "second")]
 
 
+def test_a_frozen_postgres_is_not_waited_for_for_ever(own_postgres, redis_url):
+    options: Any = {"redis": redis_url, "timeout_s": 0.5, "flush_every": 3, "flush_after": 600.0}
+    with HybridSaver.from_conn_string(own_postgres.url, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, put(saver, None, 1), 2)
+        own_postgres.pause()
+        config = put(saver, config, 3)  # a flush is due, and has to wait
+        with pytest.raises(UnavailableError, match="Timeout"):
+            list(saver.list(at()))
+        own_postgres.resume()
+        put(saver, config, 4)
+        assert values(saver) == [4, 3, 2, 1]
+
+
+def test_a_frozen_process_holds_no_thread_for_ever(process, postgres_url, redis_url):
+    frozen, saver = process(), process()
+    config = put(saver, None, 1)
+    options: Any = {"redis": redis_url, "timeout_s": 0.3, "flush_after": 600.0}
+    hasty = HybridSaver.from_conn_string(postgres_url, **options)
+
+    async def freeze(session: Any) -> None:
+        await session.fetch("SELECT FROM vat_threads FOR UPDATE")
+        saver.flush()  # waits for the frozen one's lock, until the server ends that session
+        raise Death
+
+    with pytest.raises(Death):
+        drive(hasty._life.connections.blocking().durable.transact(freeze))
+    hasty.close()
+    frozen.put_writes(config, [("a", 1)], "task")
+    assert values(frozen) == [1]
+
+
 def test_postgres_goes_and_comes_back(own_postgres, redis_url):
     options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 2.0, "flush_every": 2}
     options["max_backlog"] = 4

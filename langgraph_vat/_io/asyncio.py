@@ -9,7 +9,14 @@ import redis
 import redis.asyncio
 from langchain_core.embeddings import Embeddings
 
-from langgraph_vat._io.mapping import every_primary, is_repeatable, map_postgres, map_redis, run_ids
+from langgraph_vat._io.mapping import (
+    LOST,
+    every_primary,
+    is_repeatable,
+    map_postgres,
+    map_redis,
+    run_ids,
+)
 from langgraph_vat._io.pool import AsyncioPool
 from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
 
@@ -20,11 +27,16 @@ Connection = psycopg.AsyncConnection[Row]
 class AsyncioSession:
     """A transaction on an asyncio connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(
+        self, connection: Connection, pipeline: psycopg.AsyncPipeline | None = None
+    ) -> None:
         self._connection = connection
+        self._pipeline = pipeline
 
     async def fetch(self, query: Query, params: Params = None) -> list[Row]:
         cursor = await self._connection.execute(query, params, binary=True)
+        if self._pipeline is not None:
+            await self._pipeline.sync()  # the server's idle timeout runs only from here
         return await cursor.fetchall()
 
     async def execute(self, query: Query, params: Params = None) -> None:
@@ -34,13 +46,16 @@ class AsyncioSession:
 class AsyncioDurable:
     """Postgres through a pool of asyncio connections."""
 
-    def __init__(self, pool: AsyncioPool) -> None:
+    def __init__(self, pool: AsyncioPool, limit: Query) -> None:
         self._pool = pool
+        self._limit = limit
 
     async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
         async def attempt(connection: Connection) -> T:
-            async with connection.pipeline(), connection.transaction():
-                return await body(AsyncioSession(connection))
+            async with connection.pipeline() as pipeline, connection.transaction():
+                session = AsyncioSession(connection, pipeline)
+                await session.execute(self._limit)
+                return await body(session)
 
         return await self._twice(attempt)
 
@@ -55,7 +70,7 @@ class AsyncioDurable:
             try:
                 async with self._pool.connection() as connection:
                     return await attempt(connection)
-            except psycopg.OperationalError as error:
+            except LOST as error:
                 if not is_repeatable(error):
                     raise
             # One connection died, so the others probably did: have the pool

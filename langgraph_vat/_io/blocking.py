@@ -8,7 +8,14 @@ import psycopg
 import redis
 from langchain_core.embeddings import Embeddings
 
-from langgraph_vat._io.mapping import every_primary, is_repeatable, map_postgres, map_redis, run_ids
+from langgraph_vat._io.mapping import (
+    LOST,
+    every_primary,
+    is_repeatable,
+    map_postgres,
+    map_redis,
+    run_ids,
+)
 from langgraph_vat._io.pool import BlockingPool
 from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
 
@@ -19,11 +26,15 @@ Connection = psycopg.Connection[Row]
 class BlockingSession:
     """A transaction on a blocking connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, pipeline: psycopg.Pipeline | None = None) -> None:
         self._connection = connection
+        self._pipeline = pipeline
 
     async def fetch(self, query: Query, params: Params = None) -> list[Row]:
-        return self._connection.execute(query, params, binary=True).fetchall()
+        cursor = self._connection.execute(query, params, binary=True)
+        if self._pipeline is not None:
+            self._pipeline.sync()  # the server's idle timeout runs only from here
+        return cursor.fetchall()
 
     async def execute(self, query: Query, params: Params = None) -> None:
         self._connection.execute(query, params)
@@ -32,13 +43,16 @@ class BlockingSession:
 class BlockingDurable:
     """Postgres through a pool of blocking connections, shared by all threads."""
 
-    def __init__(self, pool: BlockingPool) -> None:
+    def __init__(self, pool: BlockingPool, limit: Query) -> None:
         self._pool = pool
+        self._limit = limit
 
     async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
         async def attempt(connection: Connection) -> T:
-            with connection.pipeline(), connection.transaction():
-                return await body(BlockingSession(connection))
+            with connection.pipeline() as pipeline, connection.transaction():
+                session = BlockingSession(connection, pipeline)
+                await session.execute(self._limit)
+                return await body(session)
 
         return await self._twice(attempt)
 
@@ -53,7 +67,7 @@ class BlockingDurable:
             try:
                 with self._pool.connection() as connection:
                     return await attempt(connection)
-            except psycopg.OperationalError as error:
+            except LOST as error:
                 if not is_repeatable(error):
                     raise
             # One connection died, so the others probably did: have the pool

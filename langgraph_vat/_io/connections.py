@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import psycopg
 import redis
 import redis.asyncio
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from redis.backoff import NoBackoff
 
@@ -52,6 +53,9 @@ class Connections:
             _redis_url(redis_url)
         self._settings = settings
         self._kwargs = _connection_kwargs(postgres, settings, schema)
+        # Whoever holds locks and is frozen must not hold them for ever.
+        idle_ms = int(settings.timeout_s * 3000)
+        self._limit = sql.SQL("SET LOCAL idle_in_transaction_session_timeout = {}").format(idle_ms)
         self._closed = False
         self._begin()
         renew_after_fork(self)
@@ -149,7 +153,7 @@ class Connections:
             retry = redis.retry.Retry(NoBackoff(), 1)
             client = kind.from_url(url, retry=retry, **_redis_kwargs(self._settings))
         hot = BlockingHot(client) if client is not None else None
-        return BlockingBackend(BlockingDurable(pool), hot), pool, client
+        return BlockingBackend(BlockingDurable(pool, self._limit), hot), pool, client
 
     async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None]]:
         try:
@@ -167,7 +171,7 @@ class Connections:
         hot = AsyncioHot(client) if client is not None else None
         lifetime = _until_loop_ends(pool, client)
         await anext(lifetime)
-        return AsyncioBackend(AsyncioDurable(pool), hot), lifetime
+        return AsyncioBackend(AsyncioDurable(pool, self._limit), hot), lifetime
 
     def _no_postgres(self) -> UnavailableError:
         parts = conninfo_to_dict(self._postgres)

@@ -8,7 +8,7 @@ import psycopg
 import redis
 import redis.asyncio
 
-from langgraph_vat._io.pool import PoolTimeoutError
+from langgraph_vat._io.pool import AnswerTimeoutError, PoolTimeoutError
 from langgraph_vat._io.protocols import HotTierError
 from langgraph_vat.errors import SchemaError, UnavailableError
 
@@ -17,18 +17,29 @@ from langgraph_vat.errors import SchemaError, UnavailableError
 _HOT_REFUSALS = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "BUSY", "LOADING")
 
 
-def is_repeatable(error: psycopg.OperationalError) -> bool:
+# What the driver raises when a connection, or the server behind it, is gone.
+LOST = (psycopg.OperationalError, psycopg.errors.IdleInTransactionSessionTimeout)
+# The server ended this session, or this transaction in favour of another.
+_ENDED = (
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.AdminShutdown,
+    psycopg.errors.CrashShutdown,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+)
+
+
+def is_repeatable(error: psycopg.Error) -> bool:
     """
     Whether running the same transaction again may succeed at once.
 
-    Without a SQLSTATE the connection itself failed. A pool that timed out is
-    the exception: it has just waited as long as it may.
+    Without a SQLSTATE the connection itself failed. Timeouts are the
+    exception: they have just waited as long as they may.
     """
-    if isinstance(error, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
+    if isinstance(error, _ENDED):
         return True
-    if isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown):
-        return True
-    return error.sqlstate is None and not isinstance(error, PoolTimeoutError)
+    is_timeout = isinstance(error, PoolTimeoutError | AnswerTimeoutError)
+    return error.sqlstate is None and not is_timeout
 
 
 @contextmanager
@@ -50,7 +61,7 @@ def map_postgres() -> Iterator[None]:
         raise SchemaError(msg) from error
     except psycopg.errors.LockNotAvailable:
         raise  # only a migration sets a lock timeout, and it knows what to say
-    except psycopg.OperationalError as error:
+    except LOST as error:
         msg = (
             f"Postgres did not answer ({type(error).__name__}). The operation happened whole or"
             " not at all; repeat it once the server is reachable."

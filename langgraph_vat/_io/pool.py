@@ -10,16 +10,75 @@ that for a failure and goes on: `asyncio.run` then waits for it for ever.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
+T = TypeVar("T")
+# An answer may take so many times what a connection may.
+_ANSWER = 3
+
 
 class PoolTimeoutError(psycopg.OperationalError):
     """All connections were in use for as long as a caller may wait."""
+
+
+class AnswerTimeoutError(psycopg.OperationalError):
+    """Postgres took the request, and then nothing more was heard of it."""
+
+
+def _bounded(steps: Generator[Any, Any, T], seconds: float) -> Generator[Any, Any, T]:
+    """
+    Drive psycopg's own generator; give up when nothing moves for so long.
+
+    A server that is frozen, or behind a connection that is half open, neither
+    answers nor closes.
+    """
+    moved_at = time.monotonic()
+    try:
+        wanted = next(steps)
+        while True:
+            ready = yield wanted
+            if ready:
+                moved_at = time.monotonic()
+            elif time.monotonic() - moved_at > seconds:
+                raise AnswerTimeoutError(f"no answer from Postgres within {seconds:.0f} s")
+            wanted = steps.send(ready)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+
+
+class BlockingConnection(psycopg.Connection[Any]):
+    """A connection that does not wait for ever."""
+
+    answer_s: float = float("inf")
+
+    def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
+        """Wait for what was asked; after a timeout the connection is of no use."""
+        try:
+            return super().wait(_bounded(gen, self.answer_s), *args, **kwargs)
+        except AnswerTimeoutError:
+            self.pgconn.finish()
+            raise
+
+
+class AsyncioConnection(psycopg.AsyncConnection[Any]):
+    """Likewise."""
+
+    answer_s: float = float("inf")
+
+    async def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
+        """Wait for what was asked; after a timeout the connection is of no use."""
+        try:
+            return await super().wait(_bounded(gen, self.answer_s), *args, **kwargs)
+        except AnswerTimeoutError:
+            self.pgconn.finish()
+            raise
 
 
 class BlockingPool:
@@ -38,11 +97,11 @@ class BlockingPool:
         self._kwargs = kwargs
         self._timeout_s = timeout_s
         self._free = threading.Semaphore(size)
-        self._idle: list[psycopg.Connection[Any]] = []
+        self._idle: list[BlockingConnection] = []
         self._is_closed = False
 
     @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def connection(self) -> Iterator[BlockingConnection]:
         """
         Lend a connection.
 
@@ -53,7 +112,7 @@ class BlockingPool:
         if not self._free.acquire(timeout=self._timeout_s):
             raise PoolTimeoutError(f"no free connection within {self._timeout_s} s")
         try:
-            connection = self._reuse() or psycopg.connect(self._postgres, **self._kwargs)
+            connection = self._reuse() or self._connect()
             try:
                 yield connection
             finally:
@@ -71,13 +130,18 @@ class BlockingPool:
         self._is_closed = True
         self.check()
 
-    def _reuse(self) -> psycopg.Connection[Any] | None:
+    def _connect(self) -> BlockingConnection:
+        connection = BlockingConnection.connect(self._postgres, **self._kwargs)
+        connection.answer_s = _ANSWER * self._timeout_s
+        return connection
+
+    def _reuse(self) -> BlockingConnection | None:
         try:
             return self._idle.pop()
         except IndexError:
             return None
 
-    def _take_back(self, connection: psycopg.Connection[Any]) -> None:
+    def _take_back(self, connection: BlockingConnection) -> None:
         is_usable = connection.info.transaction_status == TransactionStatus.IDLE
         if is_usable and not self._is_closed:
             self._idle.append(connection)
@@ -93,11 +157,11 @@ class AsyncioPool:
         self._kwargs = kwargs
         self._timeout_s = timeout_s
         self._free = asyncio.Semaphore(size)
-        self._idle: list[psycopg.AsyncConnection[Any]] = []
+        self._idle: list[AsyncioConnection] = []
         self._is_closed = False
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async def connection(self) -> AsyncIterator[AsyncioConnection]:
         """Lend a connection."""
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -123,10 +187,12 @@ class AsyncioPool:
         self._is_closed = True
         await self.check()
 
-    async def _connect(self) -> psycopg.AsyncConnection[Any]:
-        return await psycopg.AsyncConnection.connect(self._postgres, **self._kwargs)
+    async def _connect(self) -> AsyncioConnection:
+        connection = await AsyncioConnection.connect(self._postgres, **self._kwargs)
+        connection.answer_s = _ANSWER * self._timeout_s
+        return connection
 
-    async def _take_back(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    async def _take_back(self, connection: AsyncioConnection) -> None:
         is_usable = connection.info.transaction_status == TransactionStatus.IDLE
         if is_usable and not self._is_closed:
             self._idle.append(connection)
