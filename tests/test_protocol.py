@@ -194,6 +194,52 @@ def test_a_late_child_of_a_deleted_thread_is_refused(process, postgres_url):
     assert values(other) == [3]
 
 
+def test_a_late_child_is_refused_though_a_late_write_came_first(process, postgres_url):
+    saver = process()
+    config = put(saver, None, 1)
+    saver.delete_thread("t")
+    saver.get_tuple(at())  # a new conversation may begin
+    saver.put_writes(config, [("a", 1)], "task")  # of a step that may still be on its way
+    with pytest.raises(ThreadDeletedError):
+        put(saver, config, 2)
+    saver.flush()
+    assert rows(postgres_url) == 0
+
+
+def test_a_child_waits_for_a_parent_that_only_its_writer_still_has(process, client, postgres_url):
+    saver, other = process(), process()
+    first = put(saver, None, 1)
+    other.get_tuple(at())
+    second = put(other, first, 2)
+    client.flushall()
+    other._shared.state.read_at = float("-inf")
+    for call in (other.flush, lambda: other.get_tuple(at())):
+        with pytest.raises(UnavailableError, match="another process"):
+            call()  # and never an older checkpoint, or none
+    assert rows(postgres_url) == 0  # never a child without its parent
+    saver._shared.state.read_at = float("-inf")
+    saver.flush()
+    put(other, second, 3)
+    assert values(other) == [3, 2, 1]
+    assert is_whole(process())
+
+
+def test_a_parent_that_two_failures_lost_is_no_longer_named(process, client, postgres_url):
+    saver, other = process(), process()
+    first = put(saver, None, 1)
+    other.get_tuple(at())
+    put(other, first, 2)
+    kill(saver)
+    client.flushall()
+    other._shared.state.read_at = float("-inf")
+    with pytest.raises(UnavailableError, match="another process"):
+        other.get_tuple(at())
+    end_degradation(postgres_url, other)
+    other.flush()
+    (found,) = other.list(at())
+    assert (found.checkpoint["channel_values"]["a"], found.parent_config) == (2, None)
+
+
 def test_copies_and_journals_of_a_deleted_thread_stay_away(process, client, postgres_url):
     saver, other = process(), process()
     put(saver, None, 1)

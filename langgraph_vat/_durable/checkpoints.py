@@ -75,7 +75,8 @@ RETURNING history
 # --- flush ---------------------------------------------------------------
 
 # What a flush must know before it writes, in one answer: values that entries
-# rely on and nobody stored, floors of pruned namespaces, runs that were deleted.
+# rely on and parents that they name and nobody stored, floors of pruned
+# namespaces, runs that were deleted.
 CHECK_ENTRIES: LiteralString = """
 SELECT 'missing', n.thread_id, n.checkpoint_ns, n.channel, n.version
 FROM unnest(%(need_threads)s::text[], %(need_namespaces)s::text[],
@@ -85,6 +86,17 @@ WHERE NOT EXISTS (
     SELECT FROM checkpoint_blobs b
     WHERE b.thread_id = n.thread_id AND b.checkpoint_ns = n.checkpoint_ns
     AND b.channel = n.channel AND b.version = n.version
+)
+UNION ALL
+SELECT 'orphan', n.thread_id, n.checkpoint_ns, n.parent, ''
+FROM unnest(%(child_threads)s::text[], %(child_namespaces)s::text[], %(parents)s::text[])
+    AS n (thread_id, checkpoint_ns, parent)
+WHERE NOT EXISTS (
+    SELECT FROM checkpoints c WHERE c.thread_id = n.thread_id
+    AND c.checkpoint_ns = n.checkpoint_ns AND c.checkpoint_id = n.parent
+) AND NOT EXISTS (
+    SELECT FROM vat_floors f WHERE f.thread_id = n.thread_id
+    AND f.checkpoint_ns = n.checkpoint_ns AND f.floor > n.parent
 )
 UNION ALL
 SELECT 'floor', f.thread_id, f.checkpoint_ns, f.floor, ''

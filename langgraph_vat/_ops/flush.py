@@ -14,7 +14,7 @@ that build on it; it stays in the journal.
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
@@ -93,8 +93,8 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
 
     Returns:
         ``ok``; or ``stale`` where the thread has another fence, ``whole``
-        where a value that it relies on is missing, ``hot`` where Redis is
-        trusted again: nothing of it was stored.
+        where its parent or a value that it relies on is missing, ``hot``
+        where Redis is trusted again: nothing of it was stored.
     """
 
     async def body(session: Session) -> bytes | _Batch:
@@ -104,7 +104,7 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
         if fences.get(thread_id) != entry.fence:
             return b"stale"
         batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
-        await _write(session, fences, [batch])
+        await _write(session, fences, [batch], is_past=True)
         return batch
 
     done = await backend.durable.transact(body)
@@ -168,7 +168,7 @@ async def _flush_some(
         fences, mine = await _lock(session, thread_ids, wait=wait)
         batches = [await _read(shared, hot, thread_id) for thread_id in mine]
         if any(batch.entries for batch in batches):
-            await _write(session, fences, batches)
+            await _write(session, fences, batches, is_past=is_past)
         return batches
 
     batches = None
@@ -212,7 +212,9 @@ async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
     return _Batch(thread_id, [(entry_id, parse_entry(fields)) for entry_id, fields in raw], copies)
 
 
-async def _write(session: Session, fences: dict[str, Fence], batches: list[_Batch]) -> None:
+async def _write(
+    session: Session, fences: dict[str, Fence], batches: list[_Batch], *, is_past: bool
+) -> None:
     wanted = {
         batch.thread_id: [e for e in batch.entries if _same_life(e, fences.get(batch.thread_id))]
         for batch in batches
@@ -221,7 +223,7 @@ async def _write(session: Session, fences: dict[str, Fence], batches: list[_Batc
     for batch in batches:
         fence = fences.get(batch.thread_id)
         kept = [e for e in wanted[batch.thread_id] if not _is_history(e, fence, checks, batch)]
-        wanted[batch.thread_id] = _satisfied(batch, kept, checks.missing)
+        wanted[batch.thread_id] = _satisfied(batch, kept, checks, is_past=is_past)
     pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
     if pairs:
         await _insert(session, pairs)
@@ -237,6 +239,7 @@ class _Checks:
     """What Postgres said about a batch under the lock."""
 
     missing: set[tuple[str, str, str, str]]
+    orphans: set[tuple[str, str, str]]
     floors: dict[tuple[str, str], str]
     runs: set[str]
 
@@ -251,19 +254,28 @@ async def _check(
         if isinstance(entry, PutEntry)
         for channel, version in entry.needs
     }
+    children = {
+        (thread_id, entry.checkpoint_ns, entry.parent_id)
+        for thread_id, entries in wanted.items()
+        for entry in entries
+        if isinstance(entry, PutEntry) and entry.parent_id
+    }
     runs = {entry.run_id for entries in wanted.values() for entry in entries if entry.run_id}
-    checks = _Checks(set(), {}, set())
-    if not needs and not runs and not any(fence.history for fence in fences.values()):
+    checks = _Checks(set(), set(), {}, set())
+    if not needs and not children and not runs and not any(f.history for f in fences.values()):
         return checks  # nothing was ever pruned here: no floors
     names = ("need_threads", "need_namespaces", "need_channels", "need_versions")
     params = {
         **columns(sorted(needs), *names),
+        **columns(sorted(children), "child_threads", "child_namespaces", "parents"),
         "threads": list(wanted),
         "runs": sorted(runs),
     }
     for kind, first, second, third, fourth in await session.fetch(sql.CHECK_ENTRIES, params):
         if kind == "missing":
             checks.missing.add((first, second, third, fourth))
+        elif kind == "orphan":
+            checks.orphans.add((first, second, third))
         elif kind == "floor":
             checks.floors[first, second] = third
         else:
@@ -285,39 +297,63 @@ def _is_history(entry: Entry, fence: Fence | None, checks: _Checks, batch: _Batc
 
 
 def _satisfied(
-    batch: _Batch, entries: list[Entry], missing: set[tuple[str, str, str, str]]
+    batch: _Batch, entries: list[Entry], checks: _Checks, *, is_past: bool
 ) -> list[Entry]:
     """
     Return the entries whose base Postgres has, or gets with them; hold the others back.
 
     Their order says nothing: after Redis lost its memory what came first is
-    only among the copies, behind what the journal has since.
+    only among the copies, behind what the journal has since. A parent may
+    then be among another process's copies. While steps go past Redis every
+    process stores its own; a parent that is not there afterwards is lost.
     """
     puts = [entry for entry in entries if isinstance(entry, PutEntry)]
     while True:
-        brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
-        held = [e for e in puts if _lacks(batch.thread_id, e, missing, brought)]
+        held = _unsatisfied(batch.thread_id, puts, checks, is_past=is_past)
         if not held:
             break
         batch.held |= {entry.uid for entry in held}
         puts = [entry for entry in puts if entry.uid not in batch.held]
     if batch.held:
-        logger.error(
-            "%d checkpoints of thread %r wait for values that are in neither tier",
+        logger.warning(
+            "%d checkpoints of thread %r wait for what another process has still to store",
             len(batch.held),
             batch.thread_id,
         )
-    return [entry for entry in entries if entry.uid not in batch.held]
+    here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
+    kept: list[Entry] = []
+    for entry in entries:
+        if entry.uid in batch.held:
+            continue
+        if isinstance(entry, PutEntry) and _is_orphan(batch.thread_id, entry, checks, here):
+            kept.append(replace(entry, parent_id=""))
+        else:
+            kept.append(entry)
+    return kept
 
 
-def _lacks(
-    thread_id: str,
-    entry: PutEntry,
-    missing: set[tuple[str, str, str, str]],
-    brought: set[tuple[str, str, str]],
+def _unsatisfied(
+    thread_id: str, puts: list[PutEntry], checks: _Checks, *, is_past: bool
+) -> list[PutEntry]:
+    brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
+    here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
+    return [
+        entry
+        for entry in puts
+        if any(
+            (thread_id, entry.checkpoint_ns, *need) in checks.missing
+            and (entry.checkpoint_ns, *need) not in brought
+            for need in entry.needs
+        )
+        or (is_past and _is_orphan(thread_id, entry, checks, here))
+    ]
+
+
+def _is_orphan(
+    thread_id: str, entry: PutEntry, checks: _Checks, here: set[tuple[str, str]]
 ) -> bool:
-    ns = entry.checkpoint_ns
-    return any((thread_id, ns, *n) in missing and (ns, *n) not in brought for n in entry.needs)
+    ns, parent_id = entry.checkpoint_ns, entry.parent_id
+    return (thread_id, ns, parent_id) in checks.orphans and (ns, parent_id) not in here
 
 
 async def _insert(session: Session, pairs: list[tuple[str, Entry]]) -> None:

@@ -6,7 +6,8 @@ script changes journal and head together, or nothing; every other answer is a
 reason to take a longer way and try again:
 
 =========  ==================================================================
-`whole`    the entry does not extend the head (a fork, a gap): send all values
+`whole`    the entry does not extend the head (a fork, a gap): make sure of its
+           parent, and send all values
 `open`     Redis does not know the thread, or its head: fill from Postgres
 `closing`  the thread's history is being changed: wait
 `stale`    the thread has another fence: learn it, or refuse a late write
@@ -49,6 +50,8 @@ from langgraph_vat.errors import QuarantinedError, ThreadDeletedError, Unavailab
 # Longer ways taken before giving up. Each answer above is rare; in a row they
 # mean that others change this very thread all the time.
 _ROUNDS = 12
+# Between two looks for a parent that another process has still to store.
+_PARENT_PAUSE_S = 0.1
 # Lua hands no more than 8,000 values to a command.
 _MOST_FIELDS = 4_000
 _MOST_OPENED = 2
@@ -107,6 +110,7 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
         if answer == b"ok":
             return await _acknowledge(shared, backend, new.thread_id, entry, detail)
         if answer == b"whole":
+            await _require_parent(shared, backend, new)
             mode = "whole"
         elif answer == b"open":
             opened += 1
@@ -407,6 +411,20 @@ async def _known_to_write(shared: Shared, backend: Backend, new: PutWrites) -> K
     if known is None:
         raise _deleted(shared, new.thread_id)
     return known
+
+
+async def _require_parent(shared: Shared, backend: Backend, new: Put) -> None:
+    """
+    Refuse a step whose parent is nowhere: it was deleted, or lost with two failures at once.
+
+    While steps go past Redis, the process that wrote the parent may still
+    have to store it.
+    """
+    while new.parent_id and not await _has_parent(shared, backend, new):
+        if not shared.is_degraded:
+            raise _deleted(shared, new.thread_id)
+        await backend.sleep(_PARENT_PAUSE_S)
+        await hot_to_write(shared, backend)
 
 
 async def _has_parent(shared: Shared, backend: Backend, new: Put) -> bool:

@@ -262,29 +262,48 @@ async def change_history(
         found = await _find_row(shared, backend, thread_id, create=False)
         if found is None:
             return False
-        fence, _ = found
-        hot = await _close(shared, backend, thread_id, fence)
-        done = is_deleted = False
-        try:
-            if not is_deletion:
-                await flush(shared, backend, [thread_id])
-            is_past = hot is None and backend.hot is not None
-            done = await _under_lock(
-                shared, backend, thread_id, fence, body, is_deletion=is_deletion, is_past=is_past
-            )
-            is_deleted = done and is_deletion
-        finally:
-            shared.threads.forget(thread_id)
-            if hot is not None:
-                is_ours = await _reopen(shared, hot, thread_id, fence.text, is_deleted=is_deleted)
-                if not is_ours and done:
-                    # Redis forgot that it was closed: it may have been filled meanwhile.
-                    await degrade(shared, backend)
-        if is_deleted:
-            shared.copies.drop(thread_id, [e.uid for e in shared.copies.of(thread_id)])
-            shared.threads.set(thread_id, None)
-        if done:
+        if await _change(shared, backend, thread_id, found[0], body, is_deletion=is_deletion):
             return True
+
+
+async def _change(
+    shared: Shared,
+    backend: Backend,
+    thread_id: str,
+    fence: Fence,
+    body: Callable[[Session, Fence], Awaitable[None]],
+    *,
+    is_deletion: bool,
+) -> bool:
+    """Change a thread that is at `fence`; return False where it is no longer."""
+    hot = await _close(shared, backend, thread_id, fence)
+    is_past = hot is None and backend.hot is not None
+    done = False
+    try:
+        if not is_deletion:
+            await flush(shared, backend, [thread_id])
+        done = await _under_lock(
+            shared, backend, thread_id, fence, body, is_deletion=is_deletion, is_past=is_past
+        )
+    finally:
+        # Before it is open again: a late write must not find it unknown, and begin it anew.
+        if done and is_deletion:
+            _forget_deleted(shared, thread_id, fence)
+        else:
+            shared.threads.forget(thread_id)
+        if hot is not None:
+            is_deleted = done and is_deletion
+            is_ours = await _reopen(shared, hot, thread_id, fence.text, is_deleted=is_deleted)
+            if done and not is_ours:
+                # Redis forgot that it was closed: it may have been filled meanwhile.
+                await degrade(shared, backend)
+    return done
+
+
+def _forget_deleted(shared: Shared, thread_id: str, fence: Fence) -> None:
+    dead = [e for e in shared.copies.of(thread_id) if e.fence.generation == fence.generation]
+    shared.copies.drop(thread_id, [entry.uid for entry in dead])
+    shared.threads.set(thread_id, None)
 
 
 async def _close(shared: Shared, backend: Backend, thread_id: str, fence: Fence) -> Hot | None:

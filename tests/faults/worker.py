@@ -96,14 +96,15 @@ class State(TypedDict):
 
 
 def _graph(saver: Saver) -> Any:
+    # A thread that another worker deletes before it is resumed begins without values.
     def first(state: State) -> Any:
-        return {"log": ["x" * state["size"]]}
+        return {"log": ["x" * state.get("size", 0)]}
 
     def ask(state: State) -> Any:
-        return {"log": [interrupt(len(state["log"]))]} if state["size"] % 3 == 0 else {"log": []}
+        return {"log": [interrupt("?")] if state.get("size", 1) % 3 == 0 else []}
 
     def last(state: State) -> Any:
-        return {"log": [state["thread"]]}
+        return {"log": [state.get("thread", "")]}
 
     inner = StateGraph(State).add_node("inside", last).add_edge(START, "inside").compile()
     builder = StateGraph(State).add_node(first).add_node(ask).add_node("nested", inner)
@@ -122,7 +123,7 @@ def _turn(graph: Any, saver: Saver, rng: random.Random, thread: str) -> None:
         done = graph.invoke(state, config, durability=rng.choice(["sync", "async"]))
         if "__interrupt__" in done:
             graph.invoke(Command(resume="yes"), config)
-        if done["thread"] != thread:
+        if done.get("thread", thread) != thread:
             saver.recorder.note("foreign", start, thread=thread)
     except ThreadDeletedError:
         saver.recorder.note("refused", start, thread=thread)

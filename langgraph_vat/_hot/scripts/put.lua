@@ -21,7 +21,7 @@ if mode ~= 'headless' then
   if state[1] ~= fence then return {'open'} end
   newest = not less(id, current)
   sparse = big or state[4]
-  if mode == 'delta' and newest then
+  if mode == 'delta' then
     if current ~= parent or state[3] then return {'whole'} end
     for at = needs, own - 1, 2 do
       if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then return {'whole'} end
