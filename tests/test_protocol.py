@@ -224,11 +224,15 @@ def test_a_child_waits_for_a_parent_that_only_its_writer_still_has(process, clie
     assert is_whole(process())
 
 
-def test_a_parent_that_two_failures_lost_is_no_longer_named(process, client, postgres_url):
+@pytest.mark.parametrize("is_delta", [True, False])
+def test_what_two_failures_lost_blocks_nothing(process, client, postgres_url, is_delta):
     saver, other = process(), process()
     first = put(saver, None, 1)
     other.get_tuple(at())
-    put(other, first, 2)
+    if is_delta:
+        put(other, first, 2)
+    else:
+        with_all_values(other, first, 2)
     kill(saver)
     client.flushall()
     other._shared.state.read_at = float("-inf")
@@ -236,8 +240,18 @@ def test_a_parent_that_two_failures_lost_is_no_longer_named(process, client, pos
         other.get_tuple(at())
     end_degradation(postgres_url, other)
     other.flush()
-    (found,) = other.list(at())
-    assert (found.checkpoint["channel_values"]["a"], found.parent_config) == (2, None)
+    found = list(other.list(at()))
+    assert [one.parent_config for one in found] == ([] if is_delta else [None])
+    config = found[0].config if found else None
+    put(other, config, 3)
+    assert other.get_tuple(at()).checkpoint["channel_values"] == {"a": 3, "kept": "kept"}
+
+
+def with_all_values(saver: HybridSaver, parent: Any, value: Any) -> None:
+    checkpoint = {**empty_checkpoint(), "id": str(uuid6())}
+    versions = {channel: saver.get_next_version(None, None) for channel in ("a", "kept")}
+    checkpoint |= {"channel_values": {"a": value, "kept": "kept"}, "channel_versions": versions}
+    saver.put(parent, checkpoint, {}, versions)
 
 
 def test_copies_and_journals_of_a_deleted_thread_stay_away(process, client, postgres_url):

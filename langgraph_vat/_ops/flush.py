@@ -300,30 +300,29 @@ def _satisfied(
     batch: _Batch, entries: list[Entry], checks: _Checks, *, is_past: bool
 ) -> list[Entry]:
     """
-    Return the entries whose base Postgres has, or gets with them; hold the others back.
+    Return the entries whose base Postgres has, or gets with them.
 
     Their order says nothing: after Redis lost its memory what came first is
-    only among the copies, behind what the journal has since. A parent may
-    then be among another process's copies. While steps go past Redis every
-    process stores its own; a parent that is not there afterwards is lost.
+    only among the copies, behind what the journal has since. The base may
+    then be among another process's copies: while steps go past Redis, when
+    every process stores its own, the others are held back. A base that is not
+    there afterwards was lost by two failures at once, and what builds on it
+    goes with it.
     """
     puts = [entry for entry in entries if isinstance(entry, PutEntry)]
-    while True:
-        held = _unsatisfied(batch.thread_id, puts, checks, is_past=is_past)
-        if not held:
-            break
-        batch.held |= {entry.uid for entry in held}
-        puts = [entry for entry in puts if entry.uid not in batch.held]
-    if batch.held:
-        logger.warning(
-            "%d checkpoints of thread %r wait for what another process has still to store",
-            len(batch.held),
-            batch.thread_id,
-        )
+    out: set[bytes] = set()
+    while baseless := _baseless(batch.thread_id, puts, checks, is_past=is_past):
+        out |= {entry.uid for entry in baseless}
+        puts = [entry for entry in puts if entry.uid not in out]
+    if out and is_past:
+        batch.held = out
+    if out:
+        fate = "wait for what another process has still to store" if is_past else "are lost"
+        logger.warning("%d checkpoints of thread %r %s", len(out), batch.thread_id, fate)
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
     kept: list[Entry] = []
     for entry in entries:
-        if entry.uid in batch.held:
+        if entry.uid in out:
             continue
         if isinstance(entry, PutEntry) and _is_orphan(batch.thread_id, entry, checks, here):
             kept.append(replace(entry, parent_id=""))
@@ -332,7 +331,7 @@ def _satisfied(
     return kept
 
 
-def _unsatisfied(
+def _baseless(
     thread_id: str, puts: list[PutEntry], checks: _Checks, *, is_past: bool
 ) -> list[PutEntry]:
     brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
