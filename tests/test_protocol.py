@@ -395,6 +395,68 @@ def end_degradation(url: str, *savers: HybridSaver) -> None:
         saver._shared.state.read_at = float("-inf")
 
 
+def newest(saver: HybridSaver) -> Any:
+    return saver.get_tuple(at()).checkpoint["channel_values"]["a"]
+
+
+def test_a_writer_that_slept_through_a_loss_overtakes_no_head_unseen(process, client, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    put(saver, config, 2)
+    client.flushall()
+    other._shared.state.read_at = float("-inf")
+    other.get_tuple(at())
+    end_degradation(postgres_url, other)
+    assert [newest(other), newest(other)] == [1, 1]
+    saver.flush()  # it was frozen all the while, and knows of nothing
+    assert newest(other) == 2
+
+
+def trust_before_next_transaction(saver: HybridSaver, other: HybridSaver, url: str) -> None:
+    """Have `other` trust Redis again, and fill a head, when `saver` was about to go past it."""
+    backend = saver._life.connections.blocking()
+    seen: list[Any] = []
+
+    async def transact(body: Any) -> Any:
+        if not seen:
+            end_degradation(url, other)
+            seen.append(newest(other))
+        return await backend.durable.transact(body)
+
+    durable = SimpleNamespace(fetch=backend.durable.fetch, transact=transact)
+    late = SimpleNamespace(durable=durable, hot=backend.hot, sleep=backend.sleep)
+    saver._life.blocking = lambda: late
+
+
+def test_nobody_goes_past_a_redis_that_is_trusted_again(process, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    drive(degrade(saver._shared, saver._life.connections.blocking()))
+    trust_before_next_transaction(saver, other, postgres_url)
+    put(saver, config, 2)
+    assert newest(other) == 2
+
+
+@pytest.mark.parametrize("is_deletion", [True, False])
+def test_no_history_is_changed_past_a_redis_that_is_trusted_again(
+    process, postgres_url, is_deletion
+):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    put(saver, config, 2)
+    saver.flush()
+    drive(degrade(saver._shared, saver._life.connections.blocking()))
+    trust_before_next_transaction(saver, other, postgres_url)
+    if is_deletion:
+        saver.delete_thread("t")
+        assert other.get_tuple(at()) is None
+    else:
+        saver.delete_for_runs(["r2"])
+        assert newest(other) == 1
+
+
 def test_a_journal_from_before_redis_failed_undoes_no_later_write(process, postgres_url):
     saver = process()
     config = put(saver, None, 1)

@@ -147,7 +147,12 @@ class Cluster:
         for worker in self.workers:
             worker.process.terminate()
         for worker in self.workers:
-            worker.process.wait(timeout=60)
+            try:
+                worker.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                worker.process.send_signal(signal.SIGUSR1)
+                time.sleep(1)
+                raise
 
     def kinds(self) -> list[str]:
         """Return the faults that can be injected here."""

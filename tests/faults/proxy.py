@@ -1,6 +1,7 @@
 """A TCP proxy that cuts, slows, or swallows what passes; its upstream can be exchanged."""
 
 import asyncio
+import contextlib
 import socket
 import struct
 import threading
@@ -117,5 +118,6 @@ class Proxy:
 def _reset(writer: asyncio.StreamWriter) -> None:
     found = writer.get_extra_info("socket")
     if found is not None and found.family == socket.AF_INET:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        with contextlib.suppress(OSError):  # closed already
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     writer.transport.abort()

@@ -6,6 +6,7 @@ Each line of the log is one operation of the saver, written after it returned or
 raised; times are of the monotonic clock, which all processes of a machine share.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -161,6 +162,7 @@ def _tell_oldest(saver: Saver, path: str) -> None:
 
 def main() -> None:
     log, name, postgres, redis, flush_every, seed, _ = sys.argv[1:]
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # says where it hangs
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     saver = Saver.from_conn_string(postgres, redis=redis, flush_every=int(flush_every), **SETTINGS)
