@@ -13,8 +13,9 @@ that build on it; it stays in the journal.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -24,7 +25,7 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
-from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._records import Entry, Fence, PutEntry
 from langgraph_vat.errors import QuarantinedError, UnavailableError
@@ -33,6 +34,9 @@ logger = logging.getLogger("langgraph_vat")
 
 # Threads of one transaction: enough to share a commit, few enough to be quick.
 _MOST_THREADS = 64
+# Seconds for which a step waits for what it builds on, should that be in another
+# process's hands: that one may be slow, or frozen.
+_BASELESS_S = 60.0
 
 
 @dataclass(slots=True)
@@ -104,7 +108,7 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
         if fences.get(thread_id) != entry.fence:
             return b"stale"
         batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
-        await _write(session, fences, [batch], is_past=True)
+        await _write(shared, session, fences, [batch])
         return batch
 
     done = await backend.durable.transact(body)
@@ -168,7 +172,7 @@ async def _flush_some(
         fences, mine = await _lock(session, thread_ids, wait=wait)
         batches = [await _read(shared, hot, thread_id) for thread_id in mine]
         if any(batch.entries for batch in batches):
-            await _write(session, fences, batches, is_past=is_past)
+            await _write(shared, session, fences, batches)
         return batches
 
     batches = None
@@ -213,7 +217,7 @@ async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
 
 
 async def _write(
-    session: Session, fences: dict[str, Fence], batches: list[_Batch], *, is_past: bool
+    shared: Shared, session: Session, fences: dict[str, Fence], batches: list[_Batch]
 ) -> None:
     wanted = {
         batch.thread_id: [e for e in batch.entries if _same_life(e, fences.get(batch.thread_id))]
@@ -223,7 +227,7 @@ async def _write(
     for batch in batches:
         fence = fences.get(batch.thread_id)
         kept = [e for e in wanted[batch.thread_id] if not _is_history(e, fence, checks, batch)]
-        wanted[batch.thread_id] = _satisfied(batch, kept, checks, is_past=is_past)
+        wanted[batch.thread_id] = _satisfied(shared, batch, kept, checks)
     pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
     if pairs:
         await _insert(session, pairs)
@@ -296,34 +300,32 @@ def _is_history(entry: Entry, fence: Fence | None, checks: _Checks, batch: _Batc
     return is_older and floor is not None and entry.checkpoint_id < floor
 
 
-def _satisfied(
-    batch: _Batch, entries: list[Entry], checks: _Checks, *, is_past: bool
-) -> list[Entry]:
+def _satisfied(shared: Shared, batch: _Batch, entries: list[Entry], checks: _Checks) -> list[Entry]:
     """
-    Return the entries whose base Postgres has, or gets with them.
+    Return the entries whose base Postgres has, or gets with them; hold the others back.
 
     Their order says nothing: after Redis lost its memory what came first is
     only among the copies, behind what the journal has since. The base may
-    then be among another process's copies: while steps go past Redis, when
-    every process stores its own, the others are held back. A base that is not
-    there afterwards was lost by two failures at once, and what builds on it
-    goes with it.
+    then be among another process's copies, which stores them as soon as it
+    can. A base that does not come was lost by two failures at once: values
+    that build on it go with it, and a parent is no longer named.
     """
     puts = [entry for entry in entries if isinstance(entry, PutEntry)]
-    out: set[bytes] = set()
-    while baseless := _baseless(batch.thread_id, puts, checks, is_past=is_past):
-        out |= {entry.uid for entry in baseless}
-        puts = [entry for entry in puts if entry.uid not in out]
-    if out and is_past:
-        batch.held = out
-    if out:
-        fate = "wait for what another process has still to store" if is_past else "are lost"
-        logger.warning("%d checkpoints of thread %r %s", len(out), batch.thread_id, fate)
+    is_late = {e.uid: _is_late(shared, e) for e in _baseless(batch.thread_id, puts, checks)}
+    lost: set[bytes] = set()
+    while baseless := _baseless(batch.thread_id, puts, checks, may_be_orphans=is_late):
+        batch.held |= {entry.uid for entry in baseless if not is_late.get(entry.uid)}
+        lost |= {entry.uid for entry in baseless if is_late.get(entry.uid)}
+        puts = [entry for entry in puts if entry.uid not in batch.held | lost]
+    for uids, fate in ((batch.held, "wait for another process"), (lost, "were lost")):
+        if uids:
+            logger.warning("%d checkpoints of thread %r %s", len(uids), batch.thread_id, fate)
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
     kept: list[Entry] = []
     for entry in entries:
-        if entry.uid in out:
+        if entry.uid in batch.held | lost:
             continue
+        shared.baseless.pop(entry.uid, None)
         if isinstance(entry, PutEntry) and _is_orphan(batch.thread_id, entry, checks, here):
             kept.append(replace(entry, parent_id=""))
         else:
@@ -331,8 +333,16 @@ def _satisfied(
     return kept
 
 
+def _is_late(shared: Shared, entry: Entry) -> bool:
+    """Whether an entry has waited for its base for longer than a live process takes."""
+    return now() - shared.baseless.setdefault(entry.uid, now()) > _BASELESS_S
+
+
 def _baseless(
-    thread_id: str, puts: list[PutEntry], checks: _Checks, *, is_past: bool
+    thread_id: str,
+    puts: list[PutEntry],
+    checks: _Checks,
+    may_be_orphans: Mapping[bytes, bool] = MappingProxyType({}),
 ) -> list[PutEntry]:
     brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
@@ -344,7 +354,7 @@ def _baseless(
             and (entry.checkpoint_ns, *need) not in brought
             for need in entry.needs
         )
-        or (is_past and _is_orphan(thread_id, entry, checks, here))
+        or (_is_orphan(thread_id, entry, checks, here) and not may_be_orphans.get(entry.uid))
     ]
 
 

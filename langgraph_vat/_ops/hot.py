@@ -40,7 +40,7 @@ from langgraph_vat._hot.entries import (
 )
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.flush import commit, flush
-from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.shared import Known, Shared, now
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write
 from langgraph_vat._ops.values import encode_put, encode_writes
@@ -52,6 +52,7 @@ from langgraph_vat.errors import QuarantinedError, ThreadDeletedError, Unavailab
 _ROUNDS = 12
 # Between two looks for a parent that another process has still to store.
 _PARENT_PAUSE_S = 0.1
+_PARENT_S = 2.0
 # Lua hands no more than 8,000 values to a command.
 _MOST_FIELDS = 4_000
 _MOST_OPENED = 2
@@ -417,14 +418,16 @@ async def _require_parent(shared: Shared, backend: Backend, new: Put) -> None:
     """
     Refuse a step whose parent is nowhere: it was deleted, or lost with two failures at once.
 
-    While steps go past Redis, the process that wrote the parent may still
+    After Redis lost its memory, the process that wrote the parent may still
     have to store it.
     """
+    settings = shared.settings
+    until = now() + min(settings.flush_after, _PARENT_S) + settings.epoch_ttl_s
     while new.parent_id and not await _has_parent(shared, backend, new):
-        if not shared.is_degraded:
+        await hot_to_write(shared, backend)
+        if now() > until and not shared.is_degraded:
             raise _deleted(shared, new.thread_id)
         await backend.sleep(_PARENT_PAUSE_S)
-        await hot_to_write(shared, backend)
 
 
 async def _has_parent(shared: Shared, backend: Backend, new: Put) -> bool:

@@ -118,6 +118,8 @@ class Shared:
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)
     quarantine: dict[str, Exception] = field(default_factory=dict)
+    baseless: dict[bytes, float] = field(default_factory=dict)
+    """Since when entries wait for what they build on, by their uid."""
     is_first: bool = False
     """Whether no other process used the tiers when this one came."""
     may_evict_journals: bool = False

@@ -180,7 +180,8 @@ def main() -> None:
     for talker in talkers:
         talker.start()
     for talker in talkers:
-        talker.join()
+        while talker.is_alive():
+            talker.join(0.2)  # not for ever: signals are for this thread
     saver.close()
 
 

@@ -1,0 +1,254 @@
+"""
+Break each guarantee on purpose, and see a test notice.
+
+Run ``python -m tests.mutations``. Each line of the table is one change to a
+copy of the package and the tests that must fail for it. A change that no test
+notices, or that no longer applies, is an error.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """A guarantee, how to break it, and who must notice."""
+
+    guarantee: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "an acknowledged step is kept by its writer as well",
+        "_ops/hot.py",
+        "            shared.copies.add(thread_id, entry)\n",
+        "            pass\n",
+        "test_protocol.py::test_redis_loses_its_memory_and_the_writers_copies_save_the_step",
+    ),
+    Mutation(
+        "a flush writes the copies that Redis no longer has",
+        "_ops/flush.py",
+        "[e for _, e in self.journal] + [e for e in self.copies if e.uid not in present]",
+        "[e for _, e in self.journal]",
+        "test_protocol.py::test_redis_loses_its_memory_and_the_writers_copies_save_the_step",
+    ),
+    Mutation(
+        "journal and head change before the flush that is due",
+        "_ops/hot.py",
+        "    if every > 1 and steps < every and not is_urgent:",
+        "    if steps < 10**9:",
+        "test_vat.py::test_the_environment_says_where",
+    ),
+    Mutation(
+        "an entry of another generation is discarded",
+        "_ops/flush.py",
+        "return fence is not None and entry.fence.generation == fence.generation",
+        "return True",
+        "test_protocol.py::test_copies_and_journals_of_a_deleted_thread_stay_away",
+    ),
+    Mutation(
+        "what was pruned stays away from older copies",
+        "_ops/flush.py",
+        "return is_older and floor is not None and entry.checkpoint_id < floor",
+        "return False",
+        "test_protocol.py::test_pruned_rows_stay_away_from_older_copies",
+    ),
+    Mutation(
+        "deleted runs stay away from older copies",
+        "_ops/flush.py",
+        "    if entry.run_id in checks.runs:\n        return True\n",
+        "",
+        "test_protocol.py::test_deleted_runs_stay_away_from_older_copies",
+    ),
+    Mutation(
+        "a late child of a deleted thread is refused",
+        "_ops/hot.py",
+        "            await _require_parent(shared, backend, new)\n",
+        "",
+        "test_protocol.py::test_a_late_child_is_refused_though_a_late_write_came_first",
+    ),
+    Mutation(
+        "a delete closes the thread in Redis",
+        "_hot/scripts/close.lua",
+        "redis.call('HSET', KEYS[1], 'f', 'closing:' .. ARGV[1])\n",
+        "",
+        "test_protocol.py::test_a_thread_left_closed_by_a_dead_process_opens_again",
+    ),
+    Mutation(
+        "a slow fill sets nothing back",
+        "_hot/scripts/fill.lua",
+        "if state[1] ~= ARGV[1] then return {'refused'} end\n",
+        "",
+        "test_protocol.py::test_a_slow_fill_does_not_set_the_head_back",
+    ),
+    Mutation(
+        "a missing head on a dirty thread is not answered from Postgres alone",
+        "_ops/threads.py",
+        "        if ticket is None:\n            await flush(shared, backend, [thread_id])\n",
+        "",
+        "test_protocol.py::test_the_head_is_missing_before_every_read",
+    ),
+    Mutation(
+        "a head whose parts do not belong together is not served",
+        "_ops/hot.py",
+        "    if len(found) < len(versions):\n        return None\n",
+        "",
+        "test_protocol.py::test_a_torn_head_is_not_served",
+    ),
+    Mutation(
+        "a delta extends the head it was made from, and no other",
+        "_hot/scripts/put.lua",
+        "    if current ~= parent or state[3] then return {'whole'} end\n",
+        "",
+        "test_protocol.py",
+    ),
+    Mutation(
+        "a delta finds the values that it relies on in the head",
+        "_hot/scripts/put.lua",
+        "      if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then return {'whole'} end\n",
+        "",
+        "test_protocol.py test_saver_model.py test_graphs.py",
+    ),
+    Mutation(
+        "a head from an earlier epoch is not served",
+        "_hot/scripts/_common.lua",
+        "  if state[2] ~= epoch then return {'open'} end\n",
+        "",
+        "test_protocol.py::test_a_redis_that_went_back_in_time_is_not_believed",
+    ),
+    Mutation(
+        "a Redis that restarted or failed over is noticed",
+        "_ops/tiers.py",
+        "(found is None or runs != hot_runs)",
+        "found is None",
+        "test_protocol.py::test_a_redis_that_went_back_in_time_is_not_believed",
+    ),
+    Mutation(
+        "a Redis that was emptied is noticed",
+        "_ops/tiers.py",
+        "(found is None or runs != hot_runs)",
+        "runs != hot_runs",
+        "test_protocol.py::test_a_child_waits_for_a_parent_that_only_its_writer_still_has",
+    ),
+    Mutation(
+        "nobody writes past a Redis that is trusted again",
+        "_ops/tiers.py",
+        "return bool(rows) and rows[0][0] == shared.state.epoch",
+        "return True",
+        "test_protocol.py::test_nobody_goes_past_a_redis_that_is_trusted_again",
+    ),
+    Mutation(
+        "heads that own copies have overtaken are voided",
+        "_ops/flush.py",
+        "            await hot.script(scripts.VOID, [meta, *heads], [])\n",
+        "            pass\n",
+        "test_protocol.py::test_a_writer_that_slept_through_a_loss_overtakes_no_head_unseen",
+    ),
+    Mutation(
+        "a child is never stored before its parent",
+        "_ops/flush.py",
+        "        or (is_past and _is_orphan(thread_id, entry, checks, here))\n",
+        "",
+        "test_protocol.py::test_a_child_waits_for_a_parent_that_only_its_writer_still_has",
+    ),
+    Mutation(
+        "of special writes the last one taken stays",
+        "_durable/checkpoints.py",
+        "WHERE w.vat_epoch IS NULL OR w.vat_epoch <= excluded.vat_epoch\n",
+        "",
+        "test_protocol.py::test_a_journal_from_before_redis_failed_undoes_no_later_write",
+    ),
+    Mutation(
+        "a failing Redis is passed by",
+        "_ops/hot.py",
+        '        await degrade(shared, backend)\n        answer = b"degraded"\n',
+        "        raise\n",
+        "test_protocol.py::test_redis_goes_and_comes_back",
+    ),
+    Mutation(
+        "the backlog without Postgres is bounded",
+        "_ops/hot.py",
+        "        if every == 1 or steps >= shared.settings.max_backlog:\n            raise\n",
+        "        pass\n",
+        "test_protocol.py::test_postgres_goes_and_comes_back",
+    ),
+    Mutation(
+        "a killed connection is replaced before anybody notices",
+        "_io/blocking.py",
+        "                if not is_repeatable(error):\n                    raise\n",
+        "                raise\n",
+        "test_peer_bugs.py::test_killed_connections_are_replaced_before_anybody_notices",
+    ),
+    Mutation(
+        "a frozen process holds no lock for ever",
+        "_io/blocking.py",
+        "                await session.execute(self._limit)\n",
+        "",
+        "test_protocol.py::test_a_frozen_process_holds_no_thread_for_ever --timeout=40",
+    ),
+    Mutation(
+        "closing flushes",
+        "_lifecycle.py",
+        "        if waiting:\n            self._flush_last(waiting)\n",
+        "",
+        "test_vat.py::test_closing_flushes",
+    ),
+    Mutation(
+        "a step waits no longer than flush_after",
+        "_lifecycle.py",
+        "    await flush(shared, backend, threads, wait=False)\n",
+        "",
+        "test_vat.py::test_a_step_waits_no_longer_than_flush_after",
+    ),
+    Mutation(
+        "a forked child shares nothing with its parent",
+        "_io/forks.py",
+        "    os.register_at_fork(after_in_child=_renew_all)\n",
+        "    pass\n",
+        "test_processes.py::test_forked_children_share_nothing_with_their_parent --timeout=30",
+    ),
+]
+
+
+def is_noticed(mutation: Mutation) -> bool:
+    """Whether a test fails in a copy of the project that breaks the guarantee."""
+    with tempfile.TemporaryDirectory(prefix="vat-m-") as name:
+        copy = Path(name)
+        copy.chmod(0o755)
+        for part in ("langgraph_vat", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        broken = copy / "langgraph_vat" / mutation.file
+        source = broken.read_text()
+        if source.count(mutation.old) != 1:
+            raise SystemExit(f"{mutation.guarantee}: {mutation.file} has no longer what is changed")
+        broken.write_text(source.replace(mutation.old, mutation.new))
+        tests = [f"tests/{part}" if part[0] != "-" else part for part in mutation.test.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", *tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, check=False)
+        return done.returncode == 1
+
+
+def main() -> None:
+    """Print the table."""
+    with ThreadPoolExecutor(2) as pool:
+        noticed = list(pool.map(is_noticed, MUTATIONS))
+    for mutation, is_caught in zip(MUTATIONS, noticed, strict=True):
+        by = mutation.test.rpartition("::")[2] if is_caught else "NOBODY"
+        sys.stdout.write(f"| {mutation.guarantee} | {by} |\n")
+    if not all(noticed):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
