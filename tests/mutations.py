@@ -157,7 +157,7 @@ MUTATIONS = [
     Mutation(
         "a child is never stored before its parent",
         "_ops/flush.py",
-        "        or (is_past and _is_orphan(thread_id, entry, checks, here))\n",
+        "        or (not may_be_orphans and _is_orphan(thread_id, entry, checks, here))\n",
         "",
         "test_protocol.py::test_a_child_waits_for_a_parent_that_only_its_writer_still_has",
     ),

@@ -13,9 +13,8 @@ that build on it; it stays in the journal.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -311,38 +310,38 @@ def _satisfied(shared: Shared, batch: _Batch, entries: list[Entry], checks: _Che
     that build on it go with it, and a parent is no longer named.
     """
     puts = [entry for entry in entries if isinstance(entry, PutEntry)]
-    is_late = {e.uid: _is_late(shared, e) for e in _baseless(batch.thread_id, puts, checks)}
-    lost: set[bytes] = set()
+    is_late = _is_late(shared, _baseless(batch.thread_id, puts, checks, may_be_orphans=False))
+    out: set[bytes] = set()
     while baseless := _baseless(batch.thread_id, puts, checks, may_be_orphans=is_late):
-        batch.held |= {entry.uid for entry in baseless if not is_late.get(entry.uid)}
-        lost |= {entry.uid for entry in baseless if is_late.get(entry.uid)}
-        puts = [entry for entry in puts if entry.uid not in batch.held | lost]
-    for uids, fate in ((batch.held, "wait for another process"), (lost, "were lost")):
-        if uids:
-            logger.warning("%d checkpoints of thread %r %s", len(uids), batch.thread_id, fate)
+        out |= {entry.uid for entry in baseless}
+        puts = [entry for entry in puts if entry.uid not in out]
+    if not is_late:
+        batch.held = out
+    if out:
+        fate = "were lost" if is_late else "wait for another process"
+        logger.warning("%d checkpoints of thread %r %s", len(out), batch.thread_id, fate)
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
     kept: list[Entry] = []
     for entry in entries:
-        if entry.uid in batch.held | lost:
+        if entry.uid in out:
             continue
-        shared.baseless.pop(entry.uid, None)
         if isinstance(entry, PutEntry) and _is_orphan(batch.thread_id, entry, checks, here):
             kept.append(replace(entry, parent_id=""))
         else:
             kept.append(entry)
+    for entry in entries if is_late else kept:
+        shared.baseless.pop(entry.uid, None)
     return kept
 
 
-def _is_late(shared: Shared, entry: Entry) -> bool:
-    """Whether an entry has waited for its base for longer than a live process takes."""
-    return now() - shared.baseless.setdefault(entry.uid, now()) > _BASELESS_S
+def _is_late(shared: Shared, baseless: list[PutEntry]) -> bool:
+    """Whether one of them has waited for its base for longer than a live process takes."""
+    since = [shared.baseless.setdefault(entry.uid, now()) for entry in baseless]
+    return bool(since) and now() - min(since) > _BASELESS_S
 
 
 def _baseless(
-    thread_id: str,
-    puts: list[PutEntry],
-    checks: _Checks,
-    may_be_orphans: Mapping[bytes, bool] = MappingProxyType({}),
+    thread_id: str, puts: list[PutEntry], checks: _Checks, *, may_be_orphans: bool
 ) -> list[PutEntry]:
     brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
@@ -354,7 +353,7 @@ def _baseless(
             and (entry.checkpoint_ns, *need) not in brought
             for need in entry.needs
         )
-        or (_is_orphan(thread_id, entry, checks, here) and not may_be_orphans.get(entry.uid))
+        or (not may_be_orphans and _is_orphan(thread_id, entry, checks, here))
     ]
 
 
