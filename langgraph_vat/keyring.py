@@ -80,8 +80,9 @@ class Keyring:
             ConfigurationError: It is not set, or a key in it is unusable.
         """
         if not os.environ.get(variable):
+            state = "empty" if variable in os.environ else "not set"
             raise ConfigurationError(
-                f"environment variable {variable} is not set; give it id:base64 keys"
+                f"environment variable {variable} is {state}; give it id:base64 keys"
             )
         try:
             return cls(_parse(os.environ[variable]))
@@ -111,8 +112,20 @@ class Keyring:
             raise error.with_traceback(None) from None
 
     def save(self, path: str | Path) -> None:
-        """Write the text form, secrets included, to a new file that only its owner may read."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        """
+        Write the text form, secrets included, to a new file that only its owner may read.
+
+        Raises:
+            ConfigurationError: The file is there already, and was left as it
+                is: keys that are overwritten are lost with all they sealed.
+        """
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise ConfigurationError(
+                f"key file {path} exists and was not overwritten; save to another path, and remove"
+                " the old file once nobody reads it"
+            ) from None
         with os.fdopen(descriptor, "w") as file:
             file.write(self.export_secret_text())
 
@@ -131,7 +144,12 @@ class Keyring:
         return tuple(self._keys)
 
     def with_primary(self, key_id: str, key: bytes | None = None) -> "Keyring":
-        """Return a keyring with this key, new and random unless given, in front of the others."""
+        """
+        Return a keyring with this key, new and random unless given, in front of the others.
+
+        Save it before it is used: a key that was in memory only is gone with
+        the process, and with it what it sealed.
+        """
         fresh = AESGCM.generate_key(bit_length=256) if key is None else key
         return Keyring([(key_id, fresh), *self._keys.items()])
 
@@ -163,7 +181,12 @@ class Keyring:
         try:
             return self._cipher(header[2:]).decrypt(nonce, body, header + associated_data)
         except InvalidTag:
-            raise SealError(_REFUSED) from None
+            key_id = header[2:].decode()
+            raise SealError(
+                f"a wrapped key could not be opened with key {key_id!r} of the keyring. Nothing was"
+                f" changed. Either {key_id!r} is not the key that it was before, or the wrapped key"
+                " was changed or belongs elsewhere."
+            ) from None
 
     def _cipher(self, raw_id: bytes) -> AESGCM:
         key_id = raw_id.decode("ascii", "replace")

@@ -26,7 +26,7 @@ from langgraph_vat._lifecycle import Lifecycle
 from langgraph_vat._ops import history, hot, retention
 from langgraph_vat._ops.address import View, check, check_channels, check_run_ids
 from langgraph_vat._ops.flush import flush, overdue
-from langgraph_vat._ops.schema import setup_checkpoints
+from langgraph_vat._ops.schema import setup_checkpoints, warn_of_sealed
 from langgraph_vat._ops.shared import Counters
 from langgraph_vat._ops.tiers import refresh, require_hot
 from langgraph_vat._ops.values import address, to_tuple
@@ -130,6 +130,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
     async def _setup(self, backend: Backend) -> None:
         await require_hot(self._shared, backend, self._life.connections.redis_address)
         await setup_checkpoints(backend)
+        if self._shared.keyring is None:
+            await warn_of_sealed(backend)
         await refresh(self._shared, backend)
 
     def flush(self) -> None:

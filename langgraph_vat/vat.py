@@ -151,7 +151,7 @@ class Vat(Managed):
         if not postgres:
             msg = "environment variable LANGGRAPH_VAT_POSTGRES is not set; give it an address"
             raise ConfigurationError(msg)
-        has_keys = bool(os.environ.get("LANGGRAPH_VAT_KEYS"))
+        has_keys = "LANGGRAPH_VAT_KEYS" in os.environ  # one that is empty is a mistake
         return cls.connect(
             postgres,
             os.environ.get("LANGGRAPH_VAT_REDIS") or None,

@@ -124,6 +124,52 @@ def test_servers_that_are_not_there_are_named(postgres_url: str, redis_url: str)
             HybridSaver.from_conn_string(postgres, redis=url)
 
 
+@pytest.mark.parametrize(
+    ("postgres", "url"),
+    [
+        ("mysql://u:SECRETPW@h/db", None),
+        ("postgresql+psycopg://u:SECRETPW@h/db", None),
+        ("postgresql://u:SECRET PW@h/db", None),
+        ("postgresql://u:SECRETPW%zz@h/db", None),
+        (None, None),
+        ("", None),
+        ("postgresql://h/db", "redis://u:SECRET/PW@h/0"),
+        ("postgresql://h/db", "redis://u:SECRETPW@h:99999"),
+        ("postgresql://h/db", "redis://u:SECRETPW@[bad"),
+        ("postgresql://h/db", "redis://u:SECRETPW@h?bogus=1"),
+    ],
+)
+def test_no_part_of_a_password_shows_in_a_traceback(postgres: Any, url: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        HybridSaver.from_conn_string(postgres, redis=url)
+    told = [str(caught.value), str(caught.value.__cause__), str(caught.value.__context__)]
+    assert "SECRET" not in "".join(told)
+
+
+def test_a_slash_in_a_password_is_named_without_it() -> None:
+    saver = HybridSaver.from_conn_string("postgresql://user:SECRET/PW@127.0.0.1/db")
+    with pytest.raises(UnavailableError, match="%2F") as caught:
+        saver.setup()
+    assert "SECRET" not in str(caught.value)
+    saver.close()
+
+
+def test_a_cluster_that_is_not_there_is_named(postgres_url: str) -> None:
+    saver = HybridSaver.from_conn_string(postgres_url, redis="redis+cluster://:SECRET@127.0.0.1:1")
+    with pytest.raises(UnavailableError, match=r"Redis at redis\+cluster://127") as caught:
+        saver.setup()
+    assert "SECRET" not in str(caught.value)
+    saver.close()
+
+
+def test_a_saver_without_keys_says_that_others_seal_here(postgres_url: str, caplog: Any) -> None:
+    with HybridSaver.from_conn_string(postgres_url, keyring=Keyring.generate()) as sealed:
+        sealed.put(at("t"), empty_checkpoint(), {}, {})
+    assert not caplog.records
+    with HybridSaver.from_conn_string(postgres_url):
+        assert "sealed threads and this saver has no keyring" in caplog.text
+
+
 def test_without_setup_the_remedy_is_named(postgres_url: str) -> None:
     saver = HybridSaver.from_conn_string(postgres_url)
     with pytest.raises(SchemaError, match="setup"):
@@ -155,6 +201,9 @@ def test_sealed_and_unsealed_do_not_mix(postgres_url: str) -> None:
     other = HybridSaver.from_conn_string(postgres_url, keyring=new)
     with other, pytest.raises(UnknownKeyError, match="'old'"):
         other.get_tuple(at("sealed"))
+    again = HybridSaver.from_conn_string(postgres_url, keyring=Keyring.generate("old"))
+    with again, pytest.raises(SealError, match="'old' is not the key that it was before"):
+        again.get_tuple(at("sealed"))
     plain = HybridSaver.from_conn_string(postgres_url)
     with plain, pytest.raises(SealError, match="keyring"):
         plain.get_tuple(at("sealed"))

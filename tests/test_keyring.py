@@ -155,7 +155,7 @@ def test_a_missing_or_empty_source_is_refused(monkeypatch, tmp_path, key_file):
     with pytest.raises(ConfigurationError, match="LANGGRAPH_VAT_KEYS is not set"):
         Keyring.from_env()
     monkeypatch.setenv("LANGGRAPH_VAT_KEYS", "")
-    with pytest.raises(ConfigurationError, match="LANGGRAPH_VAT_KEYS is not set"):
+    with pytest.raises(ConfigurationError, match="LANGGRAPH_VAT_KEYS is empty"):
         Keyring.from_env()
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(ConfigurationError, match="cannot be read"):
@@ -194,8 +194,9 @@ def test_a_saved_keyring_is_the_owners_alone_and_comes_back(tmp_path):
     again = Keyring.from_file(path)
     assert again.key_ids == BOTH.key_ids
     assert again.export_secret_text() == BOTH.export_secret_text()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ConfigurationError, match="not overwritten"):
         OLD.save(path)
+    assert Keyring.from_file(path).key_ids == BOTH.key_ids
 
 
 @pytest.mark.parametrize("key", [K1[:31], K1 + b"x", b"", text_of(K1), list(K1), memoryview(K1)])

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from langgraph.checkpoint.base import empty_checkpoint
 
-from langgraph_vat import ConfigurationError, Keyring, Vat
+from langgraph_vat import ConfigurationError, Keyring, SchemaError, Vat
 
 CONFIG = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
 
@@ -84,6 +84,10 @@ def test_the_environment_says_where(monkeypatch, postgres_url, redis_url):
     monkeypatch.setenv("LANGGRAPH_VAT_POSTGRES", postgres_url)
     monkeypatch.setenv("LANGGRAPH_VAT_REDIS", redis_url)
     monkeypatch.setenv("LANGGRAPH_VAT_KEYS", Keyring.generate().export_secret_text())
+    monkeypatch.setenv("LANGGRAPH_VAT_KEYS", "")
+    with pytest.raises(ConfigurationError, match="LANGGRAPH_VAT_KEYS is empty"):
+        Vat.from_env()
+    monkeypatch.setenv("LANGGRAPH_VAT_KEYS", Keyring.generate().export_secret_text())
     monkeypatch.setenv("LANGGRAPH_VAT_FLUSH_EVERY", "x")
     with pytest.raises(ConfigurationError, match="FLUSH_EVERY"):
         Vat.from_env()
@@ -94,9 +98,34 @@ def test_the_environment_says_where(monkeypatch, postgres_url, redis_url):
         assert _stored(postgres_url) == 3
 
 
-def test_a_schema_of_its_own(postgres_url, redis_url):
+def test_schemas_are_made_and_share_nothing(postgres_url):
+    vats = [Vat.connect(postgres_url, schema=name) for name in (None, "one", "Two", "one")]
+    for number, vat in enumerate(vats[:3]):
+        with vat:
+            vat.store.put(("a",), "k", {"n": number})
+            vat.checkpointer.put(CONFIG, empty_checkpoint(), {"step": number}, {})
+            assert [item.value["n"] for item in vat.store.search(("a",))] == [number]
+            assert [one.metadata["step"] for one in vat.checkpointer.list(None)] == [number]
+    with vats[3] as again:
+        assert again.store.get(("a",), "k").value == {"n": 1}
+
+
+async def test_a_schema_is_made_by_either_face(postgres_url):
+    async with Vat.connect(postgres_url, schema="late") as vat:
+        await vat.store.aput(("a",), "k", {"n": 1})
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute("SELECT count(*) FROM late.store").fetchone() == (1,)
+
+
+def test_without_the_right_to_make_a_schema_the_remedy_is_named(postgres_url):
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("CREATE SCHEMA agents")
+        connection.execute("DROP ROLE IF EXISTS humble")
+        connection.execute("CREATE ROLE humble LOGIN")
+    with pytest.raises(SchemaError, match="created once"):
+        Vat.connect(postgres_url.replace("postgres@", "humble@"), schema="none").setup()
+
+
+def test_a_schema_of_its_own(postgres_url, redis_url):
     with Vat.connect(postgres_url, redis_url, schema="agents", flush_every=1) as vat:
         vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
     with psycopg.connect(postgres_url) as connection:

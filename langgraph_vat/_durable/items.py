@@ -38,7 +38,8 @@ ALTER TABLE store
 )
 
 IS_CURRENT: LiteralString = """
-SELECT to_regclass('vat_store_keys') IS NOT NULL, to_regclass('store_vectors') IS NOT NULL
+SELECT to_regclass(quote_ident(current_schema()) || '.vat_store_keys') IS NOT NULL,
+    to_regclass(quote_ident(current_schema()) || '.store_vectors') IS NOT NULL
 """
 
 # The type of the vectors as the table has it, such as vector(384).

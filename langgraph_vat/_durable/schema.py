@@ -19,7 +19,11 @@ LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 LANGGRAPH_VERSION = 9
 VERSION = 1
 
-HAS_SCHEMA: LiteralString = "SELECT to_regclass('vat_schema') IS NOT NULL"
+# In the schema that is ours, and in no other on the search path.
+HAS_SCHEMA: LiteralString = """
+SELECT to_regclass(quote_ident(current_schema()) || '.vat_schema') IS NOT NULL
+"""
+HAS_SEALED: LiteralString = "SELECT EXISTS (SELECT FROM vat_threads WHERE data_key IS NOT NULL)"
 SELECT_VERSION: LiteralString = "SELECT coalesce(max(version), 0) FROM vat_schema"
 # Who makes a schema change wait: for the message of a setup that gave up.
 BLOCKERS: LiteralString = """

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import psycopg
@@ -78,10 +79,24 @@ class BlockingDurable:
 
 
 class BlockingHot:
-    """Redis through a blocking client."""
+    """
+    Redis through a blocking client.
 
-    def __init__(self, client: "redis.Redis | redis.RedisCluster") -> None:
-        self._client: Any = client
+    Args:
+        connect: Makes the client; called in need only, for a cluster's must find the cluster.
+    """
+
+    def __init__(self, connect: "Callable[[], redis.Redis | redis.RedisCluster]") -> None:
+        self._connect = connect
+
+    @cached_property
+    def _client(self) -> Any:
+        return self._connect()
+
+    def close(self) -> None:
+        """Close the connections, if there are any."""
+        if "_client" in vars(self):
+            self._client.close()
 
     async def script(self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]) -> Any:
         with map_redis():

@@ -17,6 +17,12 @@ from langgraph_vat.errors import SchemaError, UnavailableError
 _HOT_REFUSALS = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "BUSY", "LOADING")
 
 
+_HOT_LOST = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.RedisClusterException,
+    OSError,
+)
 # What the driver raises when a connection, or the server behind it, is gone.
 LOST = (psycopg.OperationalError, psycopg.errors.IdleInTransactionSessionTimeout)
 # The server ended this session, or this transaction in favour of another.
@@ -86,7 +92,7 @@ def map_redis() -> Iterator[None]:
     """Raise `HotTierError` where Redis is away or refuses to write."""
     try:
         yield
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+    except _HOT_LOST as error:
         raise HotTierError(type(error).__name__) from error
     except redis.exceptions.ResponseError as error:
         if any(refusal in str(error) for refusal in _HOT_REFUSALS):

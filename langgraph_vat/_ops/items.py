@@ -129,6 +129,8 @@ def _checked(op: Op) -> Op:
         check_filter(op.filter or {})
         _check_length(op.namespace_prefix, "")
     elif isinstance(op, GetOp | PutOp):
+        if isinstance(op.namespace, str):
+            raise InvalidInputError("a namespace must be a tuple of labels, not one string")
         op = op._replace(namespace=tuple(op.namespace))
         _check_length(op.namespace, op.key)
     else:
@@ -355,8 +357,8 @@ def _decode(items: Items, row: Row) -> dict[str, Any]:
         value = _codec(items, prefix).load(type_, exact, prefix, key)
     elif items.keyring is not None:
         raise SealError(
-            "an item that must be sealed is not. It was not used. Write it again through this"
-            " store, or read it with an unsealed one."
+            f"item {key!r} of {prefix!r} must be sealed and is not. It was not used. Write it again"
+            " through this store, or read it with an unsealed one."
         )
     return {
         "namespace": tuple(prefix.split(".")),

@@ -7,6 +7,7 @@ waits longer than ten seconds for somebody's open transaction, and then says
 whose.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import LiteralString
 
@@ -15,6 +16,8 @@ import psycopg
 from langgraph_vat._durable import schema as sql
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat.errors import SchemaError
+
+logger = logging.getLogger("langgraph_vat")
 
 
 async def setup_checkpoints(backend: Backend) -> None:
@@ -38,6 +41,15 @@ async def setup_checkpoints(backend: Backend) -> None:
                 await session.execute(statement)
 
     await migrate(backend, body, sql.BLOCKERS)
+
+
+async def warn_of_sealed(backend: Backend) -> None:
+    """Say that others seal here, when this process does not: it may lack a setting."""
+    if (await backend.durable.fetch(sql.HAS_SEALED))[0][0]:
+        logger.warning(
+            "this database has sealed threads and this saver has no keyring: it cannot open them,"
+            " and what it writes is readable. Pass keyring= if that is not what you want."
+        )
 
 
 async def migrate(

@@ -106,7 +106,7 @@ def _unwrap(
     if wrapped is None:
         msg = (
             f"thread {thread_id!r} was written without encryption and this saver has a keyring, so"
-            " it is refused, not trusted. Copy it with an unsealed saver, or delete it."
+            " it is refused, not trusted. Read it with a saver that has no keyring, or delete it."
         )
         raise SealError(msg)
     bound = _bound(thread_id, generation)

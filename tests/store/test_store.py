@@ -226,6 +226,20 @@ def test_an_embedder_that_returns_nonsense_is_named(postgres_url, bad):
         assert store.get(("a",), "k") is None
 
 
+def test_a_namespace_is_no_string(store):
+    with pytest.raises(InvalidInputError, match="tuple"):
+        store.put("abc", "k", {"text": "x"})
+
+
+def test_an_item_that_is_not_sealed_is_named(postgres_url):
+    with SemanticStore.from_conn_string(postgres_url) as plain:
+        plain.put(("a", "b"), "k", {"text": "x"})
+    with SemanticStore.from_conn_string(postgres_url, keyring=Keyring.generate()) as store:
+        store.put(("a", "b"), "other", {"text": "x"})
+        with pytest.raises(SealError, match=r"'k' of 'a\.b'"):
+            store.search(("a",))
+
+
 def test_a_vector_of_zeros_is_like_none(postgres_url):
     index = {"dims": 2, "embed": lambda texts: [[float("a" in t), 0.0] for t in texts]}
     with SemanticStore.from_conn_string(postgres_url, index=index) as store:
