@@ -17,6 +17,7 @@ from langgraph.checkpoint.base.id import uuid6
 from langgraph_vat import HybridSaver, ThreadDeletedError, UnavailableError
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.driver import drive
+from langgraph_vat._ops.shared import now
 from langgraph_vat._ops.tiers import degrade
 
 
@@ -561,3 +562,36 @@ def test_postgres_goes_and_comes_back(own_postgres, redis_url):
             list(saver.list(at()))
         own_postgres.start()
         assert values(saver)[-3:] == [3, 2, 1]
+
+
+def test_no_head_of_a_redis_in_the_place_of_another_is_served(own_redis, postgres_url):
+    options: Any = {"redis": own_redis.url, "flush_after": 600.0}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, None, 1)
+        with own_redis.remembering():
+            put(saver, config, 2)
+            saver.flush()
+        saver._shared.state.read_at = now()  # the row says nothing yet, and is not asked
+        assert newest(saver) == 2
+
+
+def test_an_answer_that_took_longer_than_a_lease_is_not_believed(
+    process, postgres_url, monkeypatch
+):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    hot, seen = saver._life.connections.blocking().hot, []
+    script = hot.script
+
+    async def late(which: Any, *args: Any) -> Any:
+        if which is scripts.GET and not seen:
+            seen.append(which)
+            drive(degrade(other._shared, other._life.connections.blocking()))
+            put(other, config, 2)
+        return await script(which, *args)
+
+    monkeypatch.setattr(hot, "script", late)
+    assert newest(saver) == 2
+    assert seen

@@ -42,7 +42,7 @@ from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.flush import commit, flush
 from langgraph_vat._ops.shared import Known, Shared, now
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
-from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write
+from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
 from langgraph_vat._records import Entry, Fence, PutEntry, Snapshot, WritesEntry
 from langgraph_vat.errors import QuarantinedError, ThreadDeletedError, UnavailableError
@@ -204,10 +204,15 @@ async def read_head(
 
     Returns:
         ``ok`` with the checkpoint, or with None where it is known that the
-        namespace has none; ``open`` and ``past`` where Redis cannot tell.
+        namespace has none; ``open`` and ``past`` where Redis cannot tell,
+        ``ended`` where it must be asked again.
     """
     keys = [shared.keys.meta(thread_id), shared.keys.head(thread_id, checkpoint_ns)]
-    answer, *details = await hot.script(scripts.GET, keys, [shared.epoch, checkpoint_id])
+    epoch = shared.epoch
+    args: list[Arg] = [epoch, checkpoint_id, shared.state.hot_runs]
+    answer, *details = await hot.script(scripts.GET, keys, args)
+    if answer in (b"ok", b"replaced") and not await is_still(shared, backend, epoch, answer):
+        return b"ended", None
     if answer == b"closing":
         await settle(shared, backend, hot, thread_id, details[0])
     if answer != b"ok":

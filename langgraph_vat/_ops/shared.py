@@ -101,6 +101,8 @@ class State:
 
     epoch: int = -1
     is_degraded: bool = False
+    hot_runs: str = ""
+    """The processes of Redis that are trusted."""
     read_at: float = float("-inf")
     obeyed_at: float = float("-inf")
     """When every process has read the epoch that this one knows."""

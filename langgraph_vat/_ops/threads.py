@@ -231,7 +231,7 @@ async def settle(
     meta, head = shared.keys.meta(thread_id), shared.keys.head(thread_id, "")
     for _ in range(_CLOSED_ROUNDS):
         await backend.sleep(_CLOSED_PAUSE_S)
-        reply = await hot.script(scripts.GET, [meta, head], [shared.epoch, ""])
+        reply = await hot.script(scripts.GET, [meta, head], [shared.epoch, "", shared.state.hot_runs])
         if reply[0] != b"closing" or reply[1] != closing:
             return
     text = closing.decode().removeprefix("closing:")

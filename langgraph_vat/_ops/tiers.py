@@ -53,6 +53,17 @@ async def _hot(shared: Shared, backend: Backend, ttl_s: float) -> Hot | None:
     return None
 
 
+async def is_still(shared: Shared, backend: Backend, epoch: bytes, answer: bytes) -> bool:
+    """
+    Whether what Redis just answered under an epoch may be believed.
+
+    The answer may have taken longer than a reading of the row is good for: what
+    counts is that the epoch had not ended when it came.
+    """
+    ttl_s = 0.0 if answer == b"replaced" else shared.settings.epoch_ttl_s
+    return await _hot(shared, backend, ttl_s) is not None and shared.epoch == epoch
+
+
 async def _until_obeyed(shared: Shared, backend: Backend) -> None:
     """Wait until no process serves a head, or takes a step, under an earlier epoch."""
     left_s = shared.state.obeyed_at - now()
@@ -153,6 +164,7 @@ async def _attach(
         arguments: list[Arg] = [str(hot_tier), 1]
         found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
         _refuse_foreign(found, hot_tier)
+    shared.state.hot_runs = runs
 
 
 async def _trust(shared: Shared, backend: Backend, runs: str) -> None:

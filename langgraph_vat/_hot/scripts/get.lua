@@ -1,6 +1,10 @@
 -- Read the head of a namespace: the newest checkpoint with its pending writes.
 -- KEYS  meta, head
--- ARGV  epoch, id ('' for the newest)
+-- ARGV  epoch, id ('' for the newest), run ids of the servers that are trusted
+-- Another process in the place of the one that was trusted (a restart, a failover)
+-- may remember less; it is asked here because the driver reconnects unseen.
+local run = redis.call('INFO', 'server'):match('run_id:(%w+)')
+if not ARGV[3]:find(run, 1, true) then return {'replaced'} end
 local stop = obstacle(KEYS[1], nil, ARGV[1])
 if stop then return stop end
 local fence = redis.call('HGET', KEYS[1], 'f')
