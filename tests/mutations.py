@@ -197,6 +197,20 @@ MUTATIONS = [
         "test_protocol.py::test_a_frozen_process_holds_no_thread_for_ever --timeout=40",
     ),
     Mutation(
+        "an answer of Redis that took longer than a lease is not believed",
+        "_ops/tiers.py",
+        "    return await _hot(shared, backend, ttl_s) is not None and shared.epoch == epoch\n",
+        "    return True\n",
+        "test_protocol.py::test_an_answer_that_took_longer_than_a_lease_is_not_believed",
+    ),
+    Mutation(
+        "no head of a Redis that took another's place is served",
+        "_hot/scripts/get.lua",
+        "if not ARGV[3]:find(run, 1, true) then return {'replaced'} end\n",
+        "",
+        "test_protocol.py::test_no_head_of_a_redis_in_the_place_of_another_is_served",
+    ),
+    Mutation(
         "closing flushes",
         "_lifecycle.py",
         "        if waiting:\n            self._flush_last(waiting)\n",
