@@ -211,6 +211,14 @@ MUTATIONS = [
         "test_protocol.py::test_no_head_of_a_redis_in_the_place_of_another_is_served",
     ),
     Mutation(
+        "a head from before an epoch stays away whatever else is opened",
+        "_hot/scripts/_common.lua",
+        "return fence .. '@' .. epoch",
+        "return fence",
+        "test_protocol.py::"
+        "test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened",
+    ),
+    Mutation(
         "closing flushes",
         "_lifecycle.py",
         "        if waiting:\n            self._flush_last(waiting)\n",

@@ -595,3 +595,15 @@ def test_an_answer_that_took_longer_than_a_lease_is_not_believed(
     monkeypatch.setattr(hot, "script", late)
     assert newest(saver) == 2
     assert seen
+
+
+def test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened(process, postgres_url):
+    """A process that could not write to Redis went past it, and then a subgraph was read."""
+    saver = process()
+    config = put(saver, None, 1)
+    drive(degrade(saver._shared, saver._life.connections.blocking()))
+    put(saver, config, 2)
+    end_degradation(postgres_url, saver)
+    nested: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": "nested"}}
+    assert saver.get_tuple(nested) is None
+    assert newest(saver) == 2

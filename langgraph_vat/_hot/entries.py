@@ -8,7 +8,8 @@ twice. Fields:
 ====================  =====================================================
 ``k``                 ``put`` or ``writes``
 ``u``                 entry's own random id
-``f`` ``s`` ``i``     fence, namespace, checkpoint id
+``f``                 fence; in a head ``@`` and the epoch follow
+``s`` ``i``           namespace, checkpoint id
 ``p`` ``r`` ``e``     parent checkpoint id, run id, epoch
 ``c``                 packed `Core`
 ``q`` ``d``           packed `kept` and `needs`
@@ -32,7 +33,7 @@ from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot,
 Pairs = list[bytes]
 
 # Fields of a sparse head, beside the versions.
-_SPARSE = frozenset((b"f", b"i", b"p", b"l"))
+_SPARSE = frozenset((b"i", b"p", b"l"))
 
 
 def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
@@ -67,10 +68,10 @@ def needs_pairs(entry: PutEntry) -> Pairs:
     ]
 
 
-def head_pairs(snapshot: Snapshot, fence: Fence, core: Core) -> Pairs:
-    """Return all pairs of the head that shows `snapshot`."""
-    pairs = [b"f", fence.text.encode(), b"i", snapshot.checkpoint_id.encode()]
-    pairs += [b"p", snapshot.parent_id.encode(), b"c", pack_core(core)]
+def head_pairs(snapshot: Snapshot, core: Core) -> Pairs:
+    """Return the pairs of the head that shows `snapshot`."""
+    pairs = [b"i", snapshot.checkpoint_id.encode(), b"p", snapshot.parent_id.encode()]
+    pairs += [b"c", pack_core(core)]
     pairs += _blob_pairs(snapshot.blobs)
     pairs += write_pairs(snapshot.checkpoint_id, snapshot.writes)
     if snapshot.inline:
@@ -78,9 +79,8 @@ def head_pairs(snapshot: Snapshot, fence: Fence, core: Core) -> Pairs:
     return pairs
 
 
-def empty_head_pairs(fence: Fence) -> Pairs:
-    """Return the head of a namespace that is known to hold no checkpoint."""
-    return [b"f", fence.text.encode(), b"i", b""]
+# The pairs of the head of a namespace that is known to hold no checkpoint.
+EMPTY_HEAD = [b"i", b""]
 
 
 def pack_core(core: Core) -> bytes:

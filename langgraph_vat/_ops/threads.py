@@ -24,7 +24,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
-from langgraph_vat._hot.entries import empty_head_pairs, head_pairs, sparse, write_pairs
+from langgraph_vat._hot.entries import EMPTY_HEAD, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
@@ -196,7 +196,7 @@ def _pairs(
 ) -> list[bytes]:
     """Return the head that shows what Postgres has."""
     if snapshot is None:
-        return empty_head_pairs(known.fence)
+        return [*EMPTY_HEAD]
     core = Core(
         orjson.dumps(snapshot.checkpoint),
         orjson.dumps(snapshot.metadata),
@@ -205,7 +205,7 @@ def _pairs(
     )
     codec = known.codec(serde, thread_id)
     refuse_plaintext(snapshot, codec)
-    return head_pairs(_complete(snapshot, codec), known.fence, core)
+    return head_pairs(_complete(snapshot, codec), core)
 
 
 def _complete(snapshot: Snapshot, codec: Codec) -> Snapshot:
@@ -231,7 +231,9 @@ async def settle(
     meta, head = shared.keys.meta(thread_id), shared.keys.head(thread_id, "")
     for _ in range(_CLOSED_ROUNDS):
         await backend.sleep(_CLOSED_PAUSE_S)
-        reply = await hot.script(scripts.GET, [meta, head], [shared.epoch, "", shared.state.hot_runs])
+        reply = await hot.script(
+            scripts.GET, [meta, head], [shared.epoch, "", shared.state.hot_runs]
+        )
         if reply[0] != b"closing" or reply[1] != closing:
             return
     text = closing.decode().removeprefix("closing:")

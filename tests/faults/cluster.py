@@ -1,6 +1,7 @@
 """Servers, proxies and workers of one fault run, and everything that can be done to them."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -158,6 +159,12 @@ class Cluster:
         """Return the faults that can be injected here."""
         found = [name for name in dir(self) if name.startswith("fault_")]
         return found if self._has_disk else [n for n in found if n != "fault_postgres_disk_full"]
+
+    def note(self, kind: str, start: int) -> None:
+        """Write down when a fault was injected, for whoever reads the workers' logs."""
+        line = {"op": kind, "start": start, "end": time.monotonic_ns()}
+        with (self.directory / "faults.log").open("a") as log:
+            log.write(json.dumps(line) + "\n")
 
     # --- to one another -------------------------------------------------------
 

@@ -51,7 +51,9 @@ def _run(cluster: Cluster, seed: str) -> tuple[Counter[str], list[str]]:
         method = getattr(cluster, kind)
         if method.takes != "nothing":
             cluster.settle()  # of a worker and of Redis's memory only one may be lost
+        start = time.monotonic_ns()
         method()
+        cluster.note(kind, start)
         counts[kind.removeprefix("fault_")] += 1
         time.sleep(0.1)
         if sum(counts.values()) % 5 == 0:

@@ -1,6 +1,6 @@
 -- Shared by every script that looks at a thread's meta hash:
 --   f  fence: generation and history number of the thread, or "closing:<fence>"
---   e  epoch under which its heads were written
+--   e  epoch under which it was last opened
 --   n  super-steps in the journal
 --   t  fill ticket: there while nothing has changed since it was drawn
 
@@ -33,6 +33,12 @@ local function make_sparse(head)
     end
   end
   redis.call('HSET', head, 'z', 1)
+end
+
+-- What a head must carry in its field f to count: the thread may have been
+-- opened again, for another namespace, in an epoch that this head did not see.
+local function mark(fence, epoch)
+  return fence .. '@' .. epoch
 end
 
 -- Why a thread cannot be used under this fence and epoch; nil when it can.

@@ -12,5 +12,6 @@ redis.call('DEL', head)
 local values = {}
 for at = 5, #ARGV do values[at - 4] = ARGV[at] end
 set(head, values)
+redis.call('HSET', head, 'f', mark(ARGV[2], ARGV[3]))
 redis.call('EXPIRE', head, ARGV[4])
 return {'ok'}

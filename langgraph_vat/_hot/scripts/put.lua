@@ -18,7 +18,7 @@ local newest, sparse
 if mode ~= 'headless' then
   local state = redis.call('HMGET', head, 'f', 'i', 'l', 'z')
   local current = state[2]
-  if state[1] ~= fence then return {'open'} end
+  if state[1] ~= mark(fence, epoch) then return {'open'} end
   newest = not less(id, current)
   sparse = big or state[4]
   if mode == 'delta' then
@@ -46,7 +46,7 @@ elseif newest then
     end
     if not stays then redis.call('HDEL', head, field) end
   end
-  local values = {'f', fence, 'i', id, 'p', parent}
+  local values = {'f', mark(fence, epoch), 'i', id, 'p', parent}
   if not sparse then values[7], values[8] = 'c', core end
   for at = shared, #ARGV, 2 do
     if not sparse or starts(ARGV[at], 'n:') then

@@ -11,7 +11,7 @@ local stop = obstacle(meta, fence, epoch)
 if stop then return stop end
 
 local state = redis.call('HMGET', head, 'f', 'i', 'z')
-local belongs = state[1] == fence and not less(id, state[2])
+local belongs = state[1] == mark(fence, epoch) and not less(id, state[2])
 
 local fields = {'k', 'writes', 'f', fence, 'i', id}
 for at = 8, #ARGV do fields[#fields + 1] = ARGV[at] end
