@@ -2,6 +2,7 @@
 
 from langgraph_vat.errors import (
     ConfigurationError,
+    ConflictError,
     InvalidInputError,
     QuarantinedError,
     SchemaError,
@@ -20,6 +21,7 @@ from langgraph_vat.vat import Vat
 
 __all__ = [
     "ConfigurationError",
+    "ConflictError",
     "EncryptedSerializer",
     "HybridSaver",
     "InvalidInputError",

@@ -83,6 +83,11 @@ class PutEntry:
     needs: tuple[tuple[str, str], ...]
     """Values this checkpoint names without bringing them: they must be stored already."""
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return sum(map(len, self.core)) + sum(len(blob.data or b"") for blob in self.blobs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritesEntry:
@@ -96,6 +101,11 @@ class WritesEntry:
     checkpoint_id: str
     run_id: str
     writes: tuple[Write, ...]
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return sum(len(write.data) for write in self.writes)
 
 
 Entry = PutEntry | WritesEntry

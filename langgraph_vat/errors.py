@@ -41,6 +41,15 @@ class ThreadDeletedError(VatError):
     """
 
 
+class ConflictError(VatError):
+    """
+    Another run went on with this thread meanwhile, and `on_conflict` is ``raise``.
+
+    The step was refused, nothing of it was stored. Read the thread and go on
+    from its newest checkpoint.
+    """
+
+
 class QuarantinedError(VatError):
     """
     Earlier steps of this thread cannot be stored in Postgres.

@@ -21,8 +21,15 @@ class Settings:
             every step in Postgres before it is acknowledged.
         flush_after: Seconds that a step may wait in Redis.
         head_ttl_s: Seconds that an idle thread stays hot.
-        max_backlog: Super-steps of a thread that may wait in Redis while
-            Postgres does not answer; then `put` raises.
+        max_backlog: Super-steps of a thread that a process may have waiting
+            in Redis while Postgres does not answer. Then `put` waits for
+            `timeout_s`, and raises.
+        max_backlog_bytes: Likewise of all threads of a process together.
+        on_conflict: What becomes of a step whose parent is no longer the
+            thread's newest checkpoint: ``fork`` keeps both branches, as
+            LangGraph's savers do; ``raise`` refuses it with `ConflictError`,
+            so that two runs on one thread cannot both go on. Resuming from
+            an older checkpoint is refused then, too.
         max_head_bytes: A state larger than this is not kept hot.
         pool_size: Most Postgres connections of a process, for blocking callers
             together and for each event loop.
@@ -36,6 +43,8 @@ class Settings:
     flush_after: float = 2.0
     head_ttl_s: int = 86_400
     max_backlog: int = 1_000
+    max_backlog_bytes: int = 256 * 2**20
+    on_conflict: str = "fork"
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
     timeout_s: float = 10.0
@@ -52,6 +61,8 @@ class Settings:
             )
         _require(self.flush_every >= 1, "flush_every must be at least 1 super-step")
         _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
+        _require(self.max_backlog_bytes >= 1, "max_backlog_bytes must be at least 1 byte")
+        _require(self.on_conflict in ("fork", "raise"), "on_conflict must be 'fork' or 'raise'")
         _require(0 < self.flush_after < math.inf, "flush_after must be more than 0 seconds")
         _require(self.head_ttl_s >= 1, "head_ttl_s must be at least 1 second")
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")

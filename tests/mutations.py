@@ -176,11 +176,32 @@ MUTATIONS = [
         "test_protocol.py::test_redis_goes_and_comes_back",
     ),
     Mutation(
-        "the backlog without Postgres is bounded",
+        "the backlog is bounded",
         "_ops/hot.py",
-        "        if every == 1 or steps >= shared.settings.max_backlog:\n            raise\n",
+        "    while full := _full(shared, thread_id):",
+        "    while full := None:",
+        "test_protocol.py::test_a_full_backlog_refuses_the_next_step_and_keeps_the_others",
+    ),
+    Mutation(
+        "with flush_every=1 nothing is acknowledged that Postgres does not have",
+        "_ops/hot.py",
+        "        if every == 1:\n            raise\n",
         "        pass\n",
-        "test_protocol.py::test_postgres_goes_and_comes_back",
+        "test_protocol.py::test_a_step_that_must_be_durable_is_not_acknowledged_before",
+    ),
+    Mutation(
+        "where forks are refused, the second run is",
+        "_hot/scripts/put.lua",
+        "return {'conflict'}",
+        "",
+        "test_protocol.py::test_the_second_of_two_runs_is_refused_where_forks_are",
+    ),
+    Mutation(
+        "where forks are refused, the second run is, also past Redis",
+        "_ops/flush.py",
+        "return newest not in (entry.parent_id, entry.checkpoint_id)",
+        "return False",
+        "test_protocol.py::test_the_second_of_two_runs_is_refused_where_forks_are",
     ),
     Mutation(
         "a killed connection is replaced before anybody notices",
@@ -215,8 +236,7 @@ MUTATIONS = [
         "_hot/scripts/_common.lua",
         "return fence .. '@' .. epoch",
         "return fence",
-        "test_protocol.py::"
-        "test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened",
+        "test_protocol.py::test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened",
     ),
     Mutation(
         "closing flushes",

@@ -1,9 +1,11 @@
 """Real compiled graphs leave and find the same state as with LangGraph's InMemorySaver."""
 
 import asyncio
+import contextlib
 import importlib
 import operator
 import sys
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, TypedDict
@@ -14,7 +16,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
-from langgraph_vat import HybridSaver, Keyring
+from langgraph_vat import ConflictError, HybridSaver, Keyring
 
 MODES = ("sync", "async", "exit")
 
@@ -226,3 +228,34 @@ def test_one_object_serves_eight_threads_and_two_event_loops(postgres_url, redis
     saver.close()
     with HybridSaver.from_conn_string(postgres_url, redis=redis_url) as fresh:
         assert len(list(fresh.list(None))) == 3 * (8 * 11 + 5)
+
+
+@pytest.mark.parametrize("is_hot", [True, False])
+def test_where_forks_are_refused_one_of_two_runs_ends_and_the_history_is_a_line(
+    postgres_url, redis_url, is_hot
+):
+    meeting = threading.Barrier(2, timeout=20)
+
+    def meet(state: State) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait()
+        return {"log": ["met"], "n": state["n"]}
+
+    builder = StateGraph(State).add_node(meet).add_edge(START, "meet")
+    options: Any = {"redis": redis_url if is_hot else None, "on_conflict": "raise"}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        graph = builder.compile(checkpointer=saver)
+
+        def run(number: int) -> str:
+            try:
+                graph.invoke({"log": [str(number)], "n": number}, _config(), durability="sync")
+            except ConflictError:
+                meeting.abort()
+                return "refused"
+            return "done"
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(run, (1, 2))) == ["done", "refused"]
+        parents = [s.parent_config and s.parent_config["configurable"]["checkpoint_id"]
+                   for s in graph.get_state_history(_config())]  # fmt: skip
+        assert len(parents) == len(set(parents))

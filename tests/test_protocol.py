@@ -5,6 +5,7 @@ Two saver objects on the same servers are two processes. A faulty backend dies
 between any two calls to a server: what it leaves behind must be enough.
 """
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import redis
 from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 
-from langgraph_vat import HybridSaver, ThreadDeletedError, UnavailableError
+from langgraph_vat import ConflictError, HybridSaver, ThreadDeletedError, UnavailableError
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.driver import drive
 from langgraph_vat._ops.shared import now
@@ -549,7 +550,6 @@ def test_a_frozen_process_holds_no_thread_for_ever(process, postgres_url, redis_
 
 def test_postgres_goes_and_comes_back(own_postgres, redis_url):
     options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 2.0, "flush_every": 2}
-    options["max_backlog"] = 4
     with HybridSaver.from_conn_string(own_postgres.url, **options) as saver:
         saver._life._flusher.stop()
         config = put(saver, None, 1)
@@ -557,11 +557,85 @@ def test_postgres_goes_and_comes_back(own_postgres, redis_url):
         config = put(saver, config, 2)
         config = put(saver, config, 3)
         with pytest.raises(UnavailableError):
-            put(saver, config, 4)
-        with pytest.raises(UnavailableError):
             list(saver.list(at()))
         own_postgres.start()
-        assert values(saver)[-3:] == [3, 2, 1]
+        assert values(saver) == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ({"max_backlog": 3}, r"3 super-steps of thread 't' \(max_backlog\)"),
+        ({"max_backlog_bytes": 400}, r"bytes of this process \(max_backlog_bytes\)"),
+    ],
+)
+def test_a_full_backlog_refuses_the_next_step_and_keeps_the_others(
+    own_postgres, redis_url, limit, told
+):
+    options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 1.0, "flush_every": 3}
+    with HybridSaver.from_conn_string(own_postgres.url, **options, **limit) as saver:
+        saver._life._flusher.stop()
+        taken = [put(saver, None, 1)]
+        own_postgres.kill()
+
+        def go_on() -> None:
+            while len(taken) < 8:
+                taken.append(put(saver, taken[-1], len(taken) + 1))
+
+        with pytest.raises(UnavailableError, match=told):
+            go_on()
+        with pytest.raises(UnavailableError, match=told):
+            saver.put_writes(taken[-1], [("a", 1)], "task")
+        assert len(taken) >= 2
+        own_postgres.start()
+        put(saver, taken[-1], len(taken) + 1)
+        assert values(saver) == list(range(len(taken) + 1, 0, -1))
+
+
+def test_a_put_waits_while_the_backlog_is_full(own_postgres, redis_url):
+    options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 20.0, "flush_every": 2}
+    with HybridSaver.from_conn_string(own_postgres.url, max_backlog=2, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, None, 1)
+        own_postgres.kill()
+        config = put(saver, config, 2)
+        later = threading.Timer(1.0, own_postgres.start)
+        later.start()
+        put(saver, config, 3)
+        later.join()
+        assert values(saver) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("is_hot", [True, False])
+def test_the_second_of_two_runs_is_refused_where_forks_are(postgres_url, redis_url, is_hot):
+    options: Any = {"redis": redis_url if is_hot else None, "on_conflict": "raise"}
+    one, other = (HybridSaver.from_conn_string(postgres_url, **options) for _ in range(2))
+    with one, other:
+        config = put(one, None, 1)
+        assert put(other, config, 2)
+        before = [found.config for found in one.list(at())]
+        with pytest.raises(ConflictError, match="went on from"):
+            put(one, config, 3)
+        with pytest.raises(ConflictError):
+            put(one, None, 3)
+        assert [found.config for found in one.list(at())] == before
+        again = one.get_tuple(at())
+        checkpoint, metadata = again.checkpoint, again.metadata
+        one.put(again.parent_config, checkpoint, metadata, {})  # the same step, once more
+        assert values(one) == [2, 1]
+        put(one, again.config, 3)
+        assert newest(other) == 3
+
+
+def test_forks_are_refused_while_redis_is_away_too(own_redis, postgres_url):
+    options: Any = {"redis": own_redis.url, "on_conflict": "raise", "timeout_s": 2.0}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        config = put(saver, None, 1)
+        put(saver, config, 2)
+        own_redis.kill()
+        with pytest.raises(ConflictError):
+            put(saver, config, 3)
+        own_redis.start()
 
 
 def test_no_head_of_a_redis_in_the_place_of_another_is_served(own_redis, postgres_url):
@@ -607,3 +681,16 @@ def test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened(process,
     nested: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": "nested"}}
     assert saver.get_tuple(nested) is None
     assert newest(saver) == 2
+
+
+def test_a_step_that_must_be_durable_is_not_acknowledged_before(own_postgres, redis_url):
+    options: Any = {"redis": redis_url, "flush_after": 600.0, "timeout_s": 1.0, "flush_every": 1}
+    with HybridSaver.from_conn_string(own_postgres.url, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, None, 1)
+        own_postgres.kill()
+        with pytest.raises(UnavailableError):
+            put(saver, config, 2)
+        with pytest.raises(UnavailableError):
+            saver.put_writes(config, [("a", 1)], "task")
+        own_postgres.start()

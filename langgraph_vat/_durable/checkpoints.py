@@ -41,6 +41,12 @@ SELECT EXISTS (
 )
 """
 
+SELECT_NEWEST_ID: LiteralString = """
+SELECT checkpoint_id FROM checkpoints
+WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s
+ORDER BY checkpoint_id DESC LIMIT 1
+"""
+
 HAS_ROWS: LiteralString = """
 SELECT EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
     OR EXISTS (SELECT FROM checkpoint_writes WHERE thread_id = %(thread)s)

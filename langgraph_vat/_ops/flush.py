@@ -96,7 +96,8 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
 
     Returns:
         ``ok``; or ``stale`` where the thread has another fence, ``whole``
-        where its parent or a value that it relies on is missing, ``hot``
+        where its parent or a value that it relies on is missing, ``conflict``
+        where another step follows its parent and forks are refused, ``hot``
         where Redis is trusted again: nothing of it was stored.
     """
 
@@ -106,6 +107,8 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
         fences, _ = await _lock(session, [thread_id], wait=True)
         if fences.get(thread_id) != entry.fence:
             return b"stale"
+        if isinstance(entry, PutEntry) and await _is_fork(shared, session, thread_id, entry):
+            return b"conflict"
         batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
         await _write(shared, session, fences, [batch])
         return batch
@@ -115,6 +118,21 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
         return done
     _drop(shared, done)
     return b"whole" if entry.uid in done.held else b"ok"
+
+
+async def _is_fork(shared: Shared, session: Session, thread_id: str, entry: PutEntry) -> bool:
+    """Whether forks are refused, and this step does not follow the newest one."""
+    if shared.settings.on_conflict == "fork":
+        return False
+    params = {"thread": thread_id, "namespace": entry.checkpoint_ns}
+    stored = [row[0] for row in await session.fetch(sql.SELECT_NEWEST_ID, params)]
+    own = [
+        copy.checkpoint_id
+        for copy in shared.copies.of(thread_id)
+        if isinstance(copy, PutEntry) and copy.checkpoint_ns == entry.checkpoint_ns
+    ]
+    newest = max(stored + own, default=entry.parent_id)
+    return newest not in (entry.parent_id, entry.checkpoint_id)
 
 
 async def overdue(

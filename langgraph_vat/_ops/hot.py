@@ -45,7 +45,12 @@ from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
 from langgraph_vat._records import Entry, Fence, PutEntry, Snapshot, WritesEntry
-from langgraph_vat.errors import QuarantinedError, ThreadDeletedError, UnavailableError
+from langgraph_vat.errors import (
+    ConflictError,
+    QuarantinedError,
+    ThreadDeletedError,
+    UnavailableError,
+)
 
 # Longer ways taken before giving up. Each answer above is rare; in a row they
 # mean that others change this very thread all the time.
@@ -56,6 +61,7 @@ _PARENT_S = 2.0
 # Lua hands no more than 8,000 values to a command.
 _MOST_FIELDS = 4_000
 _MOST_OPENED = 2
+_ROOM_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +97,11 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
 
     Raises:
         ThreadDeletedError: The parent belongs to a thread that was deleted.
+        ConflictError: The parent is not the newest any more, and that matters.
         UnavailableError: Neither tier can take it, or the backlog is full.
     """
     _refuse_quarantined(shared, new.thread_id)
+    await _make_room(shared, backend, new.thread_id)
     known = await _known_to_put(shared, backend, new)
     mode, opened = "delta", 0
     for _ in range(_ROUNDS):
@@ -110,13 +118,16 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
         answer, detail = await _send(shared, backend, new.thread_id, entry, _put_call(entry, mode))
         if answer == b"ok":
             return await _acknowledge(shared, backend, new.thread_id, entry, detail)
+        if answer == b"conflict":
+            raise _conflict(new)
         if answer == b"whole":
             await _require_parent(shared, backend, new)
             mode = "whole"
         elif answer == b"open":
             opened += 1
             # Others keep changing the thread: leave its head to a reader.
-            mode = mode if opened <= _MOST_OPENED else "headless"
+            is_enough = opened > _MOST_OPENED and shared.settings.on_conflict == "fork"
+            mode = "headless" if is_enough else mode
             known = await _open(shared, backend, serde, new, known)
         elif answer == b"stale":
             known = await _renew(shared, backend, new, known)
@@ -138,6 +149,7 @@ async def put_writes(
         UnavailableError: Neither tier can take it, or the backlog is full.
     """
     _refuse_quarantined(shared, new.thread_id)
+    await _make_room(shared, backend, new.thread_id)
     known = await _known_to_write(shared, backend, new)
     for _ in range(_ROUNDS):
         entry = encode_writes(
@@ -291,7 +303,7 @@ def _put_call(entry: PutEntry, mode: str) -> Call:
         args: list[Arg] = [
             thread_id, entry.fence.text, shared.epoch, mode, shared.settings.head_ttl_s,
             entry.checkpoint_id, entry.parent_id, core, int(is_big),
-            len(needs), len(own), *needs, *own, *both,
+            int(shared.settings.on_conflict == "raise"), len(needs), len(own), *needs, *own, *both,
         ]  # fmt: skip
         return await hot.script(scripts.PUT, _keys(shared, thread_id, entry), args)
 
@@ -365,8 +377,34 @@ async def _acknowledge(
     try:
         await flush(shared, backend, [thread_id])
     except UnavailableError:
-        if every == 1 or steps >= shared.settings.max_backlog:
+        if every == 1:
             raise
+
+
+async def _make_room(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Wait until another step may wait in Redis. None that waits already is dropped for it."""
+    until = now() + shared.settings.timeout_s
+    while full := _full(shared, thread_id):
+        try:
+            await flush(shared, backend, shared.copies.older_than(0))
+        except UnavailableError as error:
+            if now() >= until:
+                msg = (
+                    f"{full} wait in Redis until Postgres answers. This step was not taken; those"
+                    " before it are kept. Repeat it once the server is reachable."
+                )
+                raise UnavailableError(msg) from error
+            await backend.sleep(_ROOM_PAUSE_S)
+
+
+def _full(shared: Shared, thread_id: str) -> str:
+    """Return which limit of the backlog is reached; nothing if none is."""
+    settings, copies = shared.settings, shared.copies
+    if copies.size >= settings.max_backlog_bytes:
+        return f"steps of {copies.size} bytes of this process (max_backlog_bytes)"
+    if (steps := copies.steps(thread_id)) >= settings.max_backlog:
+        return f"{steps} super-steps of thread {thread_id!r} (max_backlog)"
+    return ""
 
 
 async def _open(
@@ -462,6 +500,14 @@ def _deleted(shared: Shared, thread_id: str) -> ThreadDeletedError:
         f"thread {thread_id!r} does not have the checkpoint that this step follows: it was deleted"
         " meanwhile. Nothing was stored and nothing came back. A step without a parent checkpoint"
         " starts the thread anew."
+    )
+
+
+def _conflict(new: Put) -> ConflictError:
+    return ConflictError(
+        f"thread {new.thread_id!r} went on from checkpoint {new.parent_id or 'none'} in another run"
+        " meanwhile. This step was refused and nothing of it stored, for on_conflict is 'raise'."
+        " Read the thread, and go on from its newest checkpoint."
     )
 
 

@@ -1,15 +1,15 @@
 -- Store a checkpoint: journal and head change together.
 -- KEYS  meta, head, journal, dirty
 -- ARGV  thread, fence, epoch, mode, ttl, id, parent, core, 1 if big,
---       2 x needs, 2 x journal-only fields, then those fields and the shared ones;
+--       1 to refuse a fork, 2 x needs, 2 x journal-only fields, then those fields and the shared ones;
 --       of a big entry the journal-only fields hold all, the shared ones the versions
 -- mode  delta: only the changed channels; whole: all of them; headless: journal only
 local meta, head, journal, dirty = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local thread, fence, epoch, mode, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local id, parent, core, big = ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1'
-local needs = 12
-local own = needs + tonumber(ARGV[10])
-local shared = own + tonumber(ARGV[11])
+local needs = 13
+local own = needs + tonumber(ARGV[11])
+local shared = own + tonumber(ARGV[12])
 
 local stop = obstacle(meta, fence, epoch)
 if stop and not (mode == 'headless' and stop[1] == 'open') then return stop end
@@ -20,6 +20,10 @@ if mode ~= 'headless' then
   local current = state[2]
   if state[1] ~= mark(fence, epoch) then return {'open'} end
   newest = not less(id, current)
+  -- The same step may come again.
+  if ARGV[10] == '1' and current ~= '' and current ~= parent and current ~= id then
+    return {'conflict'}
+  end
   sparse = big or state[4]
   if mode == 'delta' then
     if current ~= parent or state[3] then return {'whole'} end
