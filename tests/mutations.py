@@ -232,6 +232,20 @@ MUTATIONS = [
         "test_protocol.py::test_no_head_of_a_redis_in_the_place_of_another_is_served",
     ),
     Mutation(
+        "a fill counts in the epoch in which it began",
+        "_ops/threads.py",
+        "            epoch,\n            shared.settings.head_ttl_s,",
+        "            shared.epoch,\n            shared.settings.head_ttl_s,",
+        "test_protocol.py::test_a_fill_counts_in_the_epoch_in_which_it_began",
+    ),
+    Mutation(
+        "no process believes a head that is older than its own step",
+        "_ops/hot.py",
+        "    if _is_behind(shared, thread_id, checkpoint_ns, head.checkpoint_id):\n",
+        "    if False:\n",
+        "test_protocol.py::test_no_process_believes_a_head_that_is_older_than_its_own_step",
+    ),
+    Mutation(
         "a head from before an epoch stays away whatever else is opened",
         "_hot/scripts/_common.lua",
         "return fence .. '@' .. epoch",

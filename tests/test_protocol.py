@@ -16,10 +16,11 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 
 from langgraph_vat import ConflictError, HybridSaver, ThreadDeletedError, UnavailableError
+from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.driver import drive
 from langgraph_vat._ops.shared import now
-from langgraph_vat._ops.tiers import degrade
+from langgraph_vat._ops.tiers import degrade, refresh
 
 
 class Death(BaseException):
@@ -694,3 +695,44 @@ def test_a_step_that_must_be_durable_is_not_acknowledged_before(own_postgres, re
         with pytest.raises(UnavailableError):
             saver.put_writes(config, [("a", 1)], "task")
         own_postgres.start()
+
+
+def test_a_fill_counts_in_the_epoch_in_which_it_began(process, postgres_url, monkeypatch):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    with redis.Redis.from_url(saver._life.connections._redis) as client:
+        client.delete(*client.keys("*}:h:*"))
+    durable, seen = saver._life.connections.blocking().durable, []
+    fetch = durable.fetch
+
+    async def late(which: Any, *args: Any) -> Any:
+        rows = await fetch(which, *args)
+        if which is sql.SELECT_LATEST and not seen:
+            seen.append(which)
+            drive(degrade(other._shared, other._life.connections.blocking()))
+            put(other, config, 2)
+            end_degradation(postgres_url, other, saver)
+            newest(other)
+            drive(refresh(saver._shared, saver._life.connections.blocking()))
+        return rows
+
+    monkeypatch.setattr(durable, "fetch", late)
+    saver.get_tuple(at())
+    assert seen
+    assert newest(saver) == 2
+    assert newest(other) == 2
+
+
+def test_no_process_believes_a_head_that_is_older_than_its_own_step(process, client, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    put(saver, config, 2)
+    client.flushall()
+    other._shared.state.read_at = float("-inf")
+    other.get_tuple(at())  # notices; the writer's copies are not flushed in time
+    end_degradation(postgres_url, other, saver)
+    assert newest(other) == 1
+    assert newest(saver) == 2
+    assert newest(other) == 2

@@ -233,10 +233,22 @@ async def read_head(
     known = await _known_by_fence(shared, backend, thread_id, fence)
     if known is None:
         return b"closing", None  # deleted between the two reads: look again
+    if _is_behind(shared, thread_id, checkpoint_ns, head.checkpoint_id):
+        await flush(shared, backend, [thread_id])
+        return b"open", None
     if not head.checkpoint_id:
         return answer, None
     snapshot = _snapshot(thread_id, checkpoint_ns, head)
     return (answer, (snapshot, known)) if snapshot else (b"open", None)
+
+
+def _is_behind(shared: Shared, thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> bool:
+    """Whether this process itself has a newer step, that Redis lost."""
+    return any(
+        entry.checkpoint_id > checkpoint_id
+        for entry in shared.copies.of(thread_id)
+        if isinstance(entry, PutEntry) and entry.checkpoint_ns == checkpoint_ns
+    )
 
 
 def _snapshot(thread_id: str, checkpoint_ns: str, head: Head) -> Snapshot | None:

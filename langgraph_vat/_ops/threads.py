@@ -133,6 +133,9 @@ async def fill(
     keys = shared.keys
     meta, journal = keys.meta(thread_id), keys.journal(thread_id)
     known, snapshot = None, None
+    # The head will count in the epoch that begins here or not at all: what was
+    # read before another one began may be overtaken.
+    epoch = shared.epoch
     for _ in range(_FILL_ROUNDS):
         if shared.copies.of(thread_id):
             await flush(shared, backend, [thread_id])
@@ -152,7 +155,7 @@ async def fill(
         args: list[Arg] = [
             ticket,
             known.fence.text,
-            shared.epoch,
+            epoch,
             shared.settings.head_ttl_s,
             *pairs,
         ]
