@@ -18,6 +18,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
+from langgraph_vat._io.addresses import PostgresSource, RedisSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
@@ -79,9 +80,9 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
     @classmethod
     def from_conn_string(
         cls,
-        postgres: str,
+        postgres: PostgresSource,
         *,
-        redis: str | None = None,
+        redis: RedisSource | None = None,
         schema: str | None = None,
         keyring: Keyring | None = None,
         serde: SerializerProtocol | None = None,
@@ -94,8 +95,12 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         it, or call `setup` and `close`.
 
         Args:
-            postgres: Connection string or URL.
-            redis: URL; None for Postgres alone.
+            postgres: Connection string; a function that returns one, called
+                for each connection, for passwords that expire; or a
+                psycopg_pool, whose address and arguments are taken over.
+            redis: URL, or a client of redis-py (`redis.Redis`, `RedisCluster`,
+                that of a Sentinel, or their asyncio kinds), whose address,
+                credentials and TLS are taken over; None for Postgres alone.
             schema: Postgres schema of the tables.
             keyring: Seals everything a user typed.
             serde: Serializer of values.

@@ -7,6 +7,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
 
+from langgraph_vat._io.addresses import PostgresSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
@@ -62,7 +63,7 @@ class SemanticStore(Managed, BaseStore):
     @classmethod
     def from_conn_string(
         cls,
-        postgres: str,
+        postgres: PostgresSource,
         *,
         schema: str | None = None,
         index: IndexConfig | None = None,

@@ -7,6 +7,7 @@ from typing import Any, Self
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.store.base import IndexConfig, TTLConfig
 
+from langgraph_vat._io.addresses import PostgresSource, RedisSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.managed import Managed
 from langgraph_vat.embedded import EmbeddedServers
@@ -28,14 +29,14 @@ class Vat(Managed):
     Attributes:
         checkpointer: For ``builder.compile(checkpointer=...)``.
         store: For ``builder.compile(store=...)``.
-        postgres: Connection string of the durable tier.
-        redis: URL of the hot tier; None without one.
+        postgres: The durable tier's address, as it was given.
+        redis: The hot tier's, likewise; None without one.
     """
 
     def __init__(
         self,
-        postgres: str,
-        redis: str | None,
+        postgres: PostgresSource,
+        redis: RedisSource | None,
         *,
         schema: str | None,
         keyring: Keyring | None,
@@ -61,8 +62,8 @@ class Vat(Managed):
     @classmethod
     def connect(
         cls,
-        postgres: str,
-        redis: str | None = None,
+        postgres: PostgresSource,
+        redis: RedisSource | None = None,
         *,
         schema: str | None = None,
         keyring: Keyring | None = None,
@@ -75,9 +76,14 @@ class Vat(Managed):
         Use servers that run elsewhere.
 
         Args:
-            postgres: Connection string or URL; pgvector is needed with `index`.
-            redis: ``redis://``, ``rediss://``, ``unix://`` or
-                ``redis+cluster://`` URL; None for Postgres alone.
+            postgres: Connection string; a function that returns one, called
+                for each connection, for passwords that expire; or a
+                psycopg_pool, whose address and arguments are taken over.
+                pgvector is needed with `index`.
+            redis: ``redis://``, ``rediss://``, ``unix://``,
+                ``redis+cluster://`` or ``redis+sentinel://`` URL; or a client
+                of redis-py of any kind, whose address, credentials and TLS
+                are taken over; None for Postgres alone.
             schema: Postgres schema of the tables.
             keyring: Seals everything a user typed.
             serde: Serializer of values; LangGraph's own if None.

@@ -253,6 +253,20 @@ MUTATIONS = [
         "test_protocol.py::test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened",
     ),
     Mutation(
+        "behind a pooler no statement and no setting outlives its transaction",
+        "_io/addresses.py",
+        "self._is_pooled = told != real",
+        "self._is_pooled = False",
+        "test_connections.py -kpooler",
+    ),
+    Mutation(
+        "a primary that became a standby is left",
+        "_io/mapping.py",
+        "    psycopg.errors.ReadOnlySqlTransaction,\n)\n\n\ndef",
+        ")\n\n\ndef",
+        "test_failover.py::test_a_primary_that_became_a_standby_is_left",
+    ),
+    Mutation(
         "closing flushes",
         "_lifecycle.py",
         "        if waiting:\n            self._flush_last(waiting)\n",

@@ -115,7 +115,7 @@ def test_servers_that_are_not_there_are_named(postgres_url: str, redis_url: str)
     assert "hidden" not in str(caught.value)
     nowhere.close()
     no_redis = HybridSaver.from_conn_string(postgres_url, redis="redis://:hidden@127.0.0.1:1")
-    with pytest.raises(UnavailableError, match=r"Redis at redis://127\.0\.0\.1:1") as caught:
+    with pytest.raises(UnavailableError, match=r"Redis at 127\.0\.0\.1:1") as caught:
         no_redis.setup()
     assert "hidden" not in str(caught.value)
     no_redis.close()
@@ -156,7 +156,7 @@ def test_a_slash_in_a_password_is_named_without_it() -> None:
 
 def test_a_cluster_that_is_not_there_is_named(postgres_url: str) -> None:
     saver = HybridSaver.from_conn_string(postgres_url, redis="redis+cluster://:SECRET@127.0.0.1:1")
-    with pytest.raises(UnavailableError, match=r"Redis at redis\+cluster://127") as caught:
+    with pytest.raises(UnavailableError, match=r"Redis at cluster 127") as caught:
         saver.setup()
     assert "SECRET" not in str(caught.value)
     saver.close()

@@ -697,12 +697,11 @@ def test_a_step_that_must_be_durable_is_not_acknowledged_before(own_postgres, re
         own_postgres.start()
 
 
-def test_a_fill_counts_in_the_epoch_in_which_it_began(process, postgres_url, monkeypatch):
+def test_a_fill_counts_in_the_epoch_in_which_it_began(process, client, postgres_url, monkeypatch):
     saver, other = process(), process()
     config = put(saver, None, 1)
     saver.flush()
-    with redis.Redis.from_url(saver._life.connections._redis) as client:
-        client.delete(*client.keys("*}:h:*"))
+    client.delete(*client.keys("*}:h:*"))
     durable, seen = saver._life.connections.blocking().durable, []
     fetch = durable.fetch
 

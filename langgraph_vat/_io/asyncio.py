@@ -46,20 +46,22 @@ class AsyncioSession:
 class AsyncioDurable:
     """Postgres through a pool of asyncio connections."""
 
-    def __init__(self, pool: AsyncioPool, limit: Query) -> None:
+    def __init__(self, pool: AsyncioPool) -> None:
         self._pool = pool
-        self._limit = limit
 
     async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
         async def attempt(connection: Connection) -> T:
             async with connection.pipeline() as pipeline, connection.transaction():
                 session = AsyncioSession(connection, pipeline)
-                await session.execute(self._limit)
+                await session.execute(self._pool.address.transaction)
                 return await body(session)
 
         return await self._twice(attempt)
 
     async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        if self._pool.address.is_path_lost:
+            return await self.transact(lambda session: session.fetch(query, params))
+
         async def attempt(connection: Connection) -> list[Row]:
             return await AsyncioSession(connection).fetch(query, params)
 

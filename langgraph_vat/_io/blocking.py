@@ -9,6 +9,7 @@ import psycopg
 import redis
 from langchain_core.embeddings import Embeddings
 
+from langgraph_vat._io.addresses import all_clients
 from langgraph_vat._io.mapping import (
     LOST,
     every_primary,
@@ -44,20 +45,22 @@ class BlockingSession:
 class BlockingDurable:
     """Postgres through a pool of blocking connections, shared by all threads."""
 
-    def __init__(self, pool: BlockingPool, limit: Query) -> None:
+    def __init__(self, pool: BlockingPool) -> None:
         self._pool = pool
-        self._limit = limit
 
     async def transact(self, body: Callable[[Session], Awaitable[T]]) -> T:
         async def attempt(connection: Connection) -> T:
             with connection.pipeline() as pipeline, connection.transaction():
                 session = BlockingSession(connection, pipeline)
-                await session.execute(self._limit)
+                await session.execute(self._pool.address.transaction)
                 return await body(session)
 
         return await self._twice(attempt)
 
     async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+        if self._pool.address.is_path_lost:
+            return await self.transact(lambda session: session.fetch(query, params))
+
         async def attempt(connection: Connection) -> list[Row]:
             return await BlockingSession(connection).fetch(query, params)
 
@@ -95,8 +98,8 @@ class BlockingHot:
 
     def close(self) -> None:
         """Close the connections, if there are any."""
-        if "_client" in vars(self):
-            self._client.close()
+        for client in all_clients(self._client) if "_client" in vars(self) else ():
+            client.close()
 
     async def script(self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]) -> Any:
         with map_redis():

@@ -13,18 +13,36 @@ from langgraph_vat._io.protocols import HotTierError
 from langgraph_vat.errors import SchemaError, UnavailableError
 
 # Redis answers, but cannot take a write or does not know the data: replies of
-# a full server, a replica, a failed save, a cluster without its majority.
-_HOT_REFUSALS = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "BUSY", "LOADING")
-
-
+# a full server, a replica, a failed save, a cluster without its majority. Up
+# to Redis 6 a script's own reply is quoted in another; later it is the reply,
+# and of some the driver makes classes and cuts off their names.
+_HOT_REFUSALS = (
+    "OOM",
+    "READONLY",
+    "MISCONF",
+    "NOREPLICAS",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "BUSY",
+    "LOADING",
+)
 _HOT_LOST = (
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
     redis.exceptions.RedisClusterException,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
     OSError,
 )
 # What the driver raises when a connection, or the server behind it, is gone.
-LOST = (psycopg.OperationalError, psycopg.errors.IdleInTransactionSessionTimeout)
+LOST = (
+    psycopg.OperationalError,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.ReadOnlySqlTransaction,  # no longer the primary
+)
 # The server ended this session, or this transaction in favour of another.
 _ENDED = (
     psycopg.errors.DeadlockDetected,
@@ -32,6 +50,7 @@ _ENDED = (
     psycopg.errors.AdminShutdown,
     psycopg.errors.CrashShutdown,
     psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.ReadOnlySqlTransaction,
 )
 
 

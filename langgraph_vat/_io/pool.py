@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.pq import TransactionStatus
 
+from langgraph_vat._io.addresses import PostgresAddress
+
 T = TypeVar("T")
 # An answer may take so many times what a connection may.
 _ANSWER = 3
@@ -86,15 +88,13 @@ class BlockingPool:
     At most `size` connections, shared by all threads.
 
     Args:
-        postgres: Connection string.
-        kwargs: Further arguments of each connection.
+        address: Where to connect.
         size: Most connections at once.
         timeout_s: Seconds that a caller may wait for one.
     """
 
-    def __init__(self, postgres: str, kwargs: dict[str, Any], size: int, timeout_s: float) -> None:
-        self._postgres = postgres
-        self._kwargs = kwargs
+    def __init__(self, address: PostgresAddress, size: int, timeout_s: float) -> None:
+        self.address = address
         self._timeout_s = timeout_s
         self._free = threading.Semaphore(size)
         self._idle: list[BlockingConnection] = []
@@ -131,8 +131,10 @@ class BlockingPool:
         self.check()
 
     def _connect(self) -> BlockingConnection:
-        connection = BlockingConnection.connect(self._postgres, **self._kwargs)
+        connection = BlockingConnection.connect(**self.address.parameters())
         connection.answer_s = _ANSWER * self._timeout_s
+        if self.address.session is not None:
+            connection.execute(self.address.session)
         return connection
 
     def _reuse(self) -> BlockingConnection | None:
@@ -152,9 +154,8 @@ class BlockingPool:
 class AsyncioPool:
     """Like `BlockingPool`, for the tasks of one event loop."""
 
-    def __init__(self, postgres: str, kwargs: dict[str, Any], size: int, timeout_s: float) -> None:
-        self._postgres = postgres
-        self._kwargs = kwargs
+    def __init__(self, address: PostgresAddress, size: int, timeout_s: float) -> None:
+        self.address = address
         self._timeout_s = timeout_s
         self._free = asyncio.Semaphore(size)
         self._idle: list[AsyncioConnection] = []
@@ -188,8 +189,10 @@ class AsyncioPool:
         await self.check()
 
     async def _connect(self) -> AsyncioConnection:
-        connection = await AsyncioConnection.connect(self._postgres, **self._kwargs)
+        connection = await AsyncioConnection.connect(**await self.address.aparameters())
         connection.answer_s = _ANSWER * self._timeout_s
+        if self.address.session is not None:
+            await connection.execute(self.address.session)
         return connection
 
     async def _take_back(self, connection: AsyncioConnection) -> None:

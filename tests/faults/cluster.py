@@ -76,7 +76,9 @@ class Cluster:
     Every method whose name begins with ``fault_`` injects one fault and undoes it.
     """
 
-    def __init__(self, directory: Path, seed: str, flush_every: int, workers: int = 3) -> None:
+    def __init__(
+        self, directory: Path, seed: str, flush_every: int, faults: int, workers: int = 3
+    ) -> None:
         self.directory = directory
         self.uncertain: list[tuple[int, int]] = []
         self._rng = random.Random(seed)
@@ -85,7 +87,8 @@ class Cluster:
         _give_to_user(sockets)
         self._disk = directory / "disk"
         self._disk.mkdir()
-        self._has_disk = _mount(self._disk)
+        # A fault's time leaves half a megabyte behind.
+        self._has_disk = _mount(self._disk, 300 + faults)
         self.postgres = Killable(
             PostgresServer(
                 self._disk / "pg", sockets, max_wal_size="64MB", min_wal_size="32MB",
@@ -135,6 +138,7 @@ class Cluster:
         self.postgres_proxy.close()
         for server in (self.postgres, *self._redis):
             server.stop()
+        shutil.copy(self._disk / "postgres.log", self.directory)
         if self._has_disk:
             subprocess.run(["umount", "-l", str(self._disk)], check=True)
 
@@ -356,9 +360,10 @@ class Cluster:
         self.postgres.start()  # without room for its log it stops
 
 
-def _mount(path: Path) -> bool:
+def _mount(path: Path, size_mb: int) -> bool:
     """Put a small disk below `path`, where this user may."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=400m,mode=755", "tmpfs", str(path)]
+    options = f"size={size_mb}m,mode=755"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
     if shutil.which("mount") is None or os.geteuid() != 0:
         return False
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

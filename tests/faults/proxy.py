@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
@@ -18,11 +19,12 @@ class Proxy:
 
     Attributes:
         upstream: Path of the socket; new connections go there.
-        port: Where it listens.
+        port: Where it listens; through TLS if it has a context for that.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
         self.upstream = upstream
+        self._tls = tls
         self._delay_s = 0.0
         self._passes = True
         self._writers: set[asyncio.StreamWriter] = set()
@@ -81,7 +83,7 @@ class Proxy:
     def _run(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
         self._server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20)
+            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20, ssl=self._tls)
         )
         self.port: int = self._server.sockets[0].getsockname()[1]
         started.set()

@@ -29,7 +29,7 @@ SEED = os.environ.get("FAULTS_SEED") or secrets.token_hex(4)
 def test_no_single_fault_breaks_the_contract(flush_every, capsys):
     directory = Path(tempfile.mkdtemp(prefix="vat-f-"))
     directory.chmod(0o755)
-    cluster = Cluster(directory, SEED, flush_every)
+    cluster = Cluster(directory, SEED, flush_every, FAULTS)
     try:
         counts, violations = _run(cluster, f"{SEED}.{flush_every}")
     finally:
