@@ -253,6 +253,20 @@ MUTATIONS = [
         "test_protocol.py::test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened",
     ),
     Mutation(
+        "after a cut connection to Redis the very next call succeeds, without going past it",
+        "_io/addresses.py",
+        "Retry(NoBackoff(), 1)",
+        "Retry(NoBackoff(), 0)",
+        "test_connections.py -kbroken",
+    ),
+    Mutation(
+        "after a killed backend the very next call succeeds",
+        "_io/blocking.py",
+        "                if not is_repeatable(error):\n                    raise\n",
+        "                raise\n",
+        "test_connections.py -kbroken",
+    ),
+    Mutation(
         "behind a pooler no statement and no setting outlives its transaction",
         "_io/addresses.py",
         "self._is_pooled = told != real",

@@ -23,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.graph import START, StateGraph
 from psycopg.rows import dict_row
 from redis._parsers.base import BaseParser
@@ -127,6 +128,158 @@ def test_a_schema_set_through_a_pooler_stays_with_its_transaction(pooler, redis_
         with psycopg.connect(_through(pooler)) as stranger:
             (path,) = stranger.execute("SHOW search_path").fetchone()
             assert "apart" not in path
+
+
+# --- connections that break -------------------------------------------------------
+
+
+class Calls:
+    """One call of every kind; each returns whether it saw what it should."""
+
+    def __init__(self, saver: HybridSaver, store: SemanticStore) -> None:
+        self.saver, self.store = saver, store
+        self.config: Any = None
+
+    def put(self) -> bool:
+        checkpoint = empty_checkpoint()
+        self.config = self.saver.put(self.config or HERE, checkpoint, {}, {})
+        return self.config["configurable"]["checkpoint_id"] == checkpoint["id"]
+
+    def put_writes(self) -> None:
+        self.saver.put_writes(self.config, [("a", 1)], "task")
+
+    def get(self) -> bool:
+        return self.saver.get_tuple(HERE).config == self.config
+
+    def get_by_id(self) -> bool:
+        return self.saver.get_tuple(self.config).pending_writes == [("task", "a", 1)]
+
+    def list(self) -> bool:
+        return next(self.saver.list(HERE)).config == self.config
+
+    def flush(self) -> None:
+        self.saver.flush()
+
+    def prune(self) -> None:
+        self.saver.prune(["t"])
+
+    def copy(self) -> None:
+        self.saver.copy_thread("t", f"copy-{uuid.uuid4()}")
+
+    def store_put(self) -> None:
+        self.store.put(("n",), "k", {"text": "v"})
+
+    def store_get(self) -> bool:
+        return self.store.get(("n",), "k").value == {"text": "v"}
+
+    def store_search(self) -> bool:
+        return len(self.store.search(("n",), query="v")) == 1
+
+
+class AsyncCalls(Calls):
+    """The same calls through the other face."""
+
+    async def put(self) -> bool:
+        checkpoint = empty_checkpoint()
+        self.config = await self.saver.aput(self.config or HERE, checkpoint, {}, {})
+        return self.config["configurable"]["checkpoint_id"] == checkpoint["id"]
+
+    async def put_writes(self) -> None:
+        await self.saver.aput_writes(self.config, [("a", 1)], "task")
+
+    async def get(self) -> bool:
+        return (await self.saver.aget_tuple(HERE)).config == self.config
+
+    async def get_by_id(self) -> bool:
+        return (await self.saver.aget_tuple(self.config)).pending_writes == [("task", "a", 1)]
+
+    async def list(self) -> bool:
+        return (await anext(self.saver.alist(HERE))).config == self.config
+
+    async def flush(self) -> None:
+        await self.saver.aflush()
+
+    async def prune(self) -> None:
+        await self.saver.aprune(["t"])
+
+    async def copy(self) -> None:
+        await self.saver.acopy_thread("t", f"copy-{uuid.uuid4()}")
+
+    async def store_put(self) -> None:
+        await self.store.aput(("n",), "k", {"text": "v"})
+
+    async def store_get(self) -> bool:
+        return (await self.store.aget(("n",), "k")).value == {"text": "v"}
+
+    async def store_search(self) -> bool:
+        return len(await self.store.asearch(("n",), query="v")) == 1
+
+
+HERE: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+KINDS = [name for name in vars(Calls) if not name.startswith("_")]
+
+
+@pytest.fixture
+def proxies(postgres_url: str, redis_url: str) -> Iterator[tuple[Proxy, Proxy]]:
+    (directory,) = parse_qs(urlsplit(postgres_url).query)["host"]
+    made = Proxy(f"{directory}/.s.PGSQL.5432"), Proxy(redis_url.removeprefix("unix://"))
+    yield made
+    for proxy in made:
+        proxy.close()
+
+
+def _break(tier: str, proxies: tuple[Proxy, Proxy], postgres_url: str) -> None:
+    postgres, hot = proxies
+    if tier == "redis":
+        hot.cut()
+    elif tier == "postgres":
+        postgres.cut()
+    else:
+        with psycopg.connect(postgres_url) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+
+@pytest.fixture(params=[1, 8])
+def calls_on(request, proxies, postgres_url, redis_url) -> Iterator[Any]:
+    name = urlsplit(postgres_url).path
+    postgres = f"postgresql://postgres@127.0.0.1:{proxies[0].port}{name}"
+    url = f"redis://127.0.0.1:{proxies[1].port}"
+    saver = HybridSaver.from_conn_string(
+        postgres, redis=url, flush_every=request.param, flush_after=600
+    )
+    store = SemanticStore.from_conn_string(postgres, index=INDEX)
+    with saver, store:
+        yield lambda kind: kind(saver, store)
+        assert saver.stats.degraded == 0
+
+
+@pytest.mark.parametrize("tier", ["redis", "postgres", "backends"])
+def test_after_a_broken_connection_the_very_next_call_succeeds(
+    calls_on, tier, proxies, postgres_url
+):
+    calls = calls_on(Calls)
+    for name in KINDS:
+        getattr(calls, name)()
+    for name in KINDS:
+        _break(tier, proxies, postgres_url)
+        assert getattr(calls, name)() in (True, None), name
+
+
+@pytest.mark.parametrize("tier", ["redis", "postgres", "backends"])
+async def test_after_a_broken_connection_the_very_next_call_in_a_loop_succeeds(
+    calls_on, tier, proxies, postgres_url
+):
+    calls = calls_on(AsyncCalls)
+    for name in KINDS:
+        await getattr(calls, name)()
+    for name in KINDS:
+        _break(tier, proxies, postgres_url)
+        assert await getattr(calls, name)() in (True, None), name
+    await calls.saver.aclose()
+    await calls.store.aclose()
 
 
 # --- addresses in other forms -----------------------------------------------------

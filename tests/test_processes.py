@@ -1,9 +1,13 @@
-"""Several operating-system processes, one of them killed, on one thread."""
+"""Several operating-system processes, that are killed and that fork."""
 
+import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from typing import Any
+
+import pytest
 
 from langgraph_vat import HybridSaver
 
@@ -63,6 +67,92 @@ def test_processes_on_one_thread_lose_nothing_even_when_one_is_killed(postgres_u
 
 def _id(config: Any) -> str:
     return config["configurable"]["checkpoint_id"]
+
+
+COUNTERS = """
+import operator, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, TypedDict
+from langgraph.graph import START, StateGraph
+from langgraph_vat import HybridSaver
+
+class State(TypedDict):
+    steps: Annotated[list[int], operator.add]
+
+class Saver(HybridSaver):
+    def put(self, config, checkpoint, metadata, new_versions):
+        made = super().put(config, checkpoint, metadata, new_versions)
+        place = config["configurable"]["thread_id"] + "|" + config["configurable"]["checkpoint_ns"]
+        line = place + " " + checkpoint["id"] + "\\n"
+        os.write(1, line.encode())  # in one piece, also when threads write
+        return made
+
+def graph_on(saver):
+    step = lambda state: {"steps": [len(state["steps"])]}
+    inner = StateGraph(State).add_node("deep", step).add_edge(START, "deep").compile()
+    builder = StateGraph(State).add_node("one", step).add_node("inner", inner)
+    builder.add_conditional_edges("one", lambda state: ["one", "inner"][len(state["steps"]) > 400])
+    return builder.add_edge(START, "one").compile(checkpointer=saver)
+
+if __name__ == "__main__":
+    saver = Saver.from_conn_string(
+        sys.argv[1], redis=sys.argv[2], flush_every=int(sys.argv[3]), flush_after=60
+    )
+    saver.setup()
+    graph = graph_on(saver)
+    def run(number):
+        config = {"configurable": {"thread_id": f"t{number}"}, "recursion_limit": 1000}
+        graph.invoke({"steps": []}, config)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+"""
+
+
+@pytest.mark.parametrize("flush_every", [1, 4, 16])
+def test_both_tiers_lost_cost_fewer_steps_than_flush_every(
+    own_directory, own_redis, postgres_url, flush_every
+):
+    script = own_directory / "counters.py"
+    script.write_text(COUNTERS)
+    command = [sys.executable, script, postgres_url, own_redis.url, str(flush_every)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said = [writer.stdout.readline() for _ in range(150)]
+    writer.send_signal(signal.SIGKILL)
+    own_redis.kill()
+    said += writer.communicate()[0].splitlines(keepends=True)
+    shutil.rmtree(own_redis._server._data)
+    own_redis.start()
+    acknowledged = defaultdict(set)
+    for line in said:
+        if line.endswith("\n"):
+            place, checkpoint_id = line.split()
+            thread, _, namespace = place.partition("|")
+            acknowledged[thread].add((namespace, checkpoint_id))
+    assert len(acknowledged) == 3
+
+    made: dict[str, Any] = {"__name__": "counters"}
+    exec(COUNTERS, made)
+    with HybridSaver.from_conn_string(
+        postgres_url, redis=own_redis.url, flush_after=0.1, epoch_ttl_s=0.1
+    ) as saver:
+        graph = made["graph_on"](saver)
+        for thread, ids in acknowledged.items():
+            config: Any = {"configurable": {"thread_id": thread}}
+            found = {_place(one.config): one for one in saver.list(config)}
+            lost = ids - found.keys()
+            assert len(lost) <= flush_every - 1
+            assert all(one[0] != ns or one < (ns, i) for one in found for ns, i in lost)
+            for one in found.values():
+                assert one.parent_config is None or _place(one.parent_config) in found
+            steps = graph.get_state(config).values["steps"]
+            assert steps == list(range(len(steps)))
+            done = graph.invoke(None, {**config, "recursion_limit": 1000})["steps"]
+            assert done[: len(steps)] == steps
+            assert len(done) > 400
+
+
+def _place(config: Any) -> tuple[str, str]:
+    return config["configurable"]["checkpoint_ns"], _id(config)
 
 
 FORKS = """

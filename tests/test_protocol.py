@@ -86,11 +86,18 @@ def at(thread: str = "t", checkpoint_id: str | None = None) -> Any:
     return {"configurable": found | ({"checkpoint_id": checkpoint_id} if checkpoint_id else {})}
 
 
-def put(saver: HybridSaver, parent: Any = None, value: Any = 0, thread: str = "t") -> Any:
+def put(
+    saver: HybridSaver,
+    parent: Any = None,
+    value: Any = 0,
+    thread: str = "t",
+    checkpoint_id: str = "",
+    kept: Any = "kept",
+) -> Any:
     """Put a child of `parent` whose channel has a new value; return its config."""
-    checkpoint = {**empty_checkpoint(), "id": str(uuid6())}
+    checkpoint = {**empty_checkpoint(), "id": checkpoint_id or str(uuid6())}
     versions = {"a": saver.get_next_version(None, None), "kept": "1"}
-    checkpoint["channel_values"] = {"a": value, "kept": "kept"}
+    checkpoint["channel_values"] = {"a": value, "kept": kept}
     checkpoint["channel_versions"] = versions
     new = versions if parent is None else {"a": versions["a"]}
     return saver.put(parent or at(thread), checkpoint, {"step": value, "run_id": f"r{value}"}, new)
@@ -443,8 +450,8 @@ def end_degradation(url: str, *savers: HybridSaver) -> None:
         saver._shared.state.read_at = float("-inf")
 
 
-def newest(saver: HybridSaver) -> Any:
-    return saver.get_tuple(at()).checkpoint["channel_values"]["a"]
+def newest(saver: HybridSaver, thread: str = "t") -> Any:
+    return saver.get_tuple(at(thread)).checkpoint["channel_values"]["a"]
 
 
 def test_a_writer_that_slept_through_a_loss_overtakes_no_head_unseen(process, client, postgres_url):
@@ -735,3 +742,44 @@ def test_no_process_believes_a_head_that_is_older_than_its_own_step(process, cli
     assert newest(other) == 1
     assert newest(saver) == 2
     assert newest(other) == 2
+
+
+def test_a_clock_behind_another_is_counted_and_said(process, caplog):
+    saver, earlier = process(), str(uuid6())
+    later = put(saver, None, 2)
+    put(saver, later, 1, checkpoint_id=earlier)
+    assert newest(saver) == 2
+    assert saver.stats.out_of_order == 1
+    assert "clock" in caplog.text
+    assert len(list(saver.list(at()))) == 2
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("noeviction", "allkeys-lru", "allkeys-lfu", "allkeys-random"),
+        *("volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl"),
+    ],
+)
+def test_a_full_redis_loses_nothing_whatever_its_policy(policy, client, postgres_url, redis_url):
+    client.config_set("maxmemory-policy", policy)
+    client.config_set("maxmemory", client.info("memory")["used_memory"] + 2_000_000)
+    evicted = client.info("stats")["evicted_keys"]
+    try:
+        with HybridSaver.from_conn_string(
+            postgres_url, redis=redis_url, flush_every=4, epoch_ttl_s=0.05, flush_after=0.1
+        ) as saver:
+            for number in range(60):
+                config = None
+                for step in range(5):
+                    config = put(saver, config, step, f"{number}", kept="x" * 100_000)
+                assert newest(saver, f"{number}") == 4
+            for number in range(60):
+                assert newest(saver, f"{number}") == 4
+            saver.flush()
+            assert len(list(saver.list(None))) == 300
+            is_full = client.info("stats")["evicted_keys"] > evicted or saver.stats.degraded
+            assert is_full
+    finally:
+        client.config_set("maxmemory", 0)
+        client.config_set("maxmemory-policy", "noeviction")

@@ -18,6 +18,7 @@ copies; in Postgres as well when a flush is due, and at once when
 `flush_every` is 1.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ from langgraph_vat.errors import (
     ThreadDeletedError,
     UnavailableError,
 )
+
+logger = logging.getLogger("langgraph_vat")
 
 # Longer ways taken before giving up. Each answer above is rare; in a row they
 # mean that others change this very thread all the time.
@@ -101,6 +104,7 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
         UnavailableError: Neither tier can take it, or the backlog is full.
     """
     _refuse_quarantined(shared, new.thread_id)
+    _warn_of_clock(shared, new)
     await _make_room(shared, backend, new.thread_id)
     known = await _known_to_put(shared, backend, new)
     mode, opened = "delta", 0
@@ -391,6 +395,17 @@ async def _acknowledge(
     except UnavailableError:
         if every == 1:
             raise
+
+
+def _warn_of_clock(shared: Shared, new: Put) -> None:
+    if new.checkpoint["id"] < new.parent_id:
+        shared.counters.out_of_order += 1
+        logger.warning(
+            "a checkpoint of thread %r has a smaller id than its parent: this clock is behind the"
+            " one that made the parent, which stays the thread's newest until this clock is past"
+            " it. Both are kept. Have the machines' clocks synchronized.",
+            new.thread_id,
+        )
 
 
 async def _make_room(shared: Shared, backend: Backend, thread_id: str) -> None:

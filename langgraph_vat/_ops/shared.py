@@ -93,6 +93,8 @@ class Counters:
     """Super-steps that they moved to Postgres."""
     degraded: int = 0
     """Times that Redis failed and steps went to Postgres directly."""
+    out_of_order: int = 0
+    """Checkpoints with a smaller id than their parent: a clock is behind another."""
 
 
 @dataclass(slots=True)

@@ -134,9 +134,9 @@ async def _attach(
 ) -> None:
     """Compare Redis with the row: go on with it, or begin another epoch."""
     is_start = shared.state.read_at == float("-inf")
-    if is_start:
-        await _note_policy(shared, hot)
     runs = await hot.run_ids()
+    if is_start or runs != hot_runs:
+        await _note_policy(shared, hot)
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
     if found is not None and hot_tier is None:
         # Another process may have claimed both since the row was read.
