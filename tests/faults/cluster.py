@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import redis
 
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat.embedded import PostgresServer, RedisServer, _give_to_user
+from tests.faults.order import Order
 from tests.faults.proxy import Proxy
 from tests.fix_servers import Killable, _free_ports
 
@@ -47,17 +49,16 @@ def fault(*, takes: str = "nothing") -> Callable[[Fault], Fault]:
 class Worker:
     """One process; killed, it is replaced by another that writes to the same log."""
 
-    def __init__(self, log: Path, arguments: list[str]) -> None:
-        self.log = log
-        self._arguments = arguments
+    def __init__(self, order: Order) -> None:
+        self.log = Path(order.log)
+        self._order = order
         self._lives = 0
         self.start()
 
     def start(self) -> None:
         self._lives += 1
-        log, name, postgres, redis_url, every, seed, skew = self._arguments
-        found = [log, name, postgres, redis_url, every, f"{seed}.{self._lives}", skew]
-        command = [sys.executable, "-m", "tests.faults.worker", *found]
+        order = replace(self._order, seed=f"{self._order.seed}.{self._lives}")
+        command = [sys.executable, "-m", "tests.faults.worker", json.dumps(asdict(order))]
         with Path(f"{self.log}.err").open("a") as said:
             self.process = subprocess.Popen(command, stderr=said, cwd=Path(__file__).parents[2])
 
@@ -74,10 +75,17 @@ class Cluster:
     Postgres, a Redis and its replica, a proxy before each, and workers.
 
     Every method whose name begins with ``fault_`` injects one fault and undoes it.
+
+    Args:
+        directory: Of all their files.
+        seed: Of all random choices.
+        disk_mb: Size of Postgres's disk, which gets full.
+        workers: How many processes.
+        order: What each of them is told, beside its place.
     """
 
     def __init__(
-        self, directory: Path, seed: str, flush_every: int, faults: int, workers: int = 3
+        self, directory: Path, seed: str, *, disk_mb: int, workers: int = 3, **order: Any
     ) -> None:
         self.directory = directory
         self.uncertain: list[tuple[int, int]] = []
@@ -87,8 +95,7 @@ class Cluster:
         _give_to_user(sockets)
         self._disk = directory / "disk"
         self._disk.mkdir()
-        # A fault's time leaves half a megabyte behind.
-        self._has_disk = _mount(self._disk, 300 + faults)
+        self._has_disk = _mount(self._disk, disk_mb)
         self.postgres = Killable(
             PostgresServer(
                 self._disk / "pg", sockets, max_wal_size="64MB", min_wal_size="32MB",
@@ -108,23 +115,26 @@ class Cluster:
         self._follow()
         self.postgres_proxy = Proxy(str(sockets / ".s.PGSQL.5432"))
         self.redis_proxy = Proxy(str(sockets / f"{self._ports[0]}.sock"))
-        self._start_workers(seed, flush_every, workers)
+        self._start_workers(seed, workers, order)
 
-    def _start_workers(self, seed: str, flush_every: int, workers: int) -> None:
+    def _start_workers(self, seed: str, workers: int, order: dict[str, Any]) -> None:
         postgres = f"postgresql://postgres@127.0.0.1:{self.postgres_proxy.port}/postgres"
         redis_url = f"redis://127.0.0.1:{self.redis_proxy.port}"
-        # Clocks that are minutes apart.
-        skews = ("0", "-120", "120")
+        skews = (0, -120, 120)  # clocks that are minutes apart
         self.workers = [
             Worker(
-                self.directory / f"w{i}.log",
-                [
-                    str(self.directory / f"w{i}.log"), f"w{i}", postgres, redis_url,
-                    str(flush_every), f"{seed}.{i}", skews[i % 3],
-                ],
+                Order(
+                    log=str(self.directory / f"w{i}.log"),
+                    name=f"w{i}",
+                    postgres=postgres,
+                    redis=redis_url,
+                    seed=f"{seed}.{i}",
+                    skew_s=skews[i % 3],
+                    **order,
+                )
             )
             for i in range(workers)
-        ]  # fmt: skip
+        ]
 
     @property
     def redis_url(self) -> str:

@@ -20,6 +20,7 @@ from tests.faults.checker import Checker, read_logs
 from tests.faults.cluster import Cluster
 
 FAULTS = int(os.environ.get("FAULTS", "33"))
+QUICK = {"flush_after": 0.4, "epoch_ttl_s": 0.2, "timeout_s": 1.0, "pool_size": 8}
 SEED = os.environ.get("FAULTS_SEED") or secrets.token_hex(4)
 
 
@@ -29,7 +30,9 @@ SEED = os.environ.get("FAULTS_SEED") or secrets.token_hex(4)
 def test_no_single_fault_breaks_the_contract(flush_every, capsys):
     directory = Path(tempfile.mkdtemp(prefix="vat-f-"))
     directory.chmod(0o755)
-    cluster = Cluster(directory, SEED, flush_every, FAULTS)
+    settings = {**QUICK, "flush_every": flush_every}
+    # What is written while one fault lasts takes half a megabyte.
+    cluster = Cluster(directory, SEED, disk_mb=300 + FAULTS, settings=settings)
     try:
         counts, violations = _run(cluster, f"{SEED}.{flush_every}")
     finally:
@@ -66,7 +69,7 @@ def _run(cluster: Cluster, seed: str) -> tuple[Counter[str], list[str]]:
         counts[f"acknowledged {op}"] = count
     with HybridSaver.from_conn_string(cluster.postgres.url, redis=cluster.redis_url) as saver:
         saver.flush()
-        found = {_place(one.config): one for one in saver.list(None)}
+        found = {place(one.config): one for one in saver.list(None)}
     for path in cluster.directory.glob("*.err"):
         wrong += (
             [f"{path.name}: {path.read_text()[-2000:]}"] if "Traceback" in path.read_text() else []
@@ -82,6 +85,6 @@ def _sequence(kinds: list[str], rng: random.Random) -> list[str]:
     return chosen[:FAULTS]
 
 
-def _place(config) -> tuple[str, str, str]:
+def place(config) -> tuple[str, str, str]:
     found = config["configurable"]
     return found["thread_id"], found["checkpoint_ns"], found["checkpoint_id"]
