@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -304,23 +306,30 @@ MUTATIONS = [
 ]
 
 
-def is_noticed(mutation: Mutation) -> bool:
-    """Whether a test fails in a copy of the project that breaks the guarantee."""
+@contextmanager
+def broken(mutation: Mutation) -> Iterator[Path]:
+    """Make a copy of the project that breaks the guarantee."""
     with tempfile.TemporaryDirectory(prefix="vat-m-") as name:
         copy = Path(name)
         copy.chmod(0o755)
         for part in ("langgraph_vat", "tests"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        broken = copy / "langgraph_vat" / mutation.file
-        source = broken.read_text()
+        file = copy / "langgraph_vat" / mutation.file
+        source = file.read_text()
         if source.count(mutation.old) != 1:
             raise SystemExit(f"{mutation.guarantee}: {mutation.file} has no longer what is changed")
-        broken.write_text(source.replace(mutation.old, mutation.new))
-        tests = [f"tests/{part}" if part[0] != "-" else part for part in mutation.test.split()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", *tests]
+        file.write_text(source.replace(mutation.old, mutation.new))
+        yield copy
+
+
+def is_noticed(mutation: Mutation) -> bool:
+    """Whether a test fails where the guarantee is broken."""
+    tests = [f"tests/{part}" if part[0] != "-" else part for part in mutation.test.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", *tests]
+    with broken(mutation) as copy:
         done = subprocess.run(command, cwd=copy, capture_output=True, check=False)
-        return done.returncode == 1
+    return done.returncode == 1
 
 
 def main() -> None:

@@ -398,12 +398,15 @@ async def _acknowledge(
 
 
 def _warn_of_clock(shared: Shared, new: Put) -> None:
-    if new.checkpoint["id"] < new.parent_id:
-        shared.counters.out_of_order += 1
+    if new.checkpoint["id"] >= new.parent_id:
+        return
+    shared.counters.out_of_order += 1
+    if shared.counters.out_of_order == 1:
         logger.warning(
             "a checkpoint of thread %r has a smaller id than its parent: this clock is behind the"
             " one that made the parent, which stays the thread's newest until this clock is past"
-            " it. Both are kept. Have the machines' clocks synchronized.",
+            " it. Both are kept. Have the machines' clocks synchronized; stats.out_of_order counts"
+            " on.",
             new.thread_id,
         )
 

@@ -1,7 +1,8 @@
 """
 Faults of every kind, one after another, while workers run real graphs.
 
-`FAULTS` says how many faults a run injects, `FAULTS_SEED` repeats their choice.
+`FAULTS` says how many faults a run injects, `FAULTS_SEED` repeats their choice,
+`FAULTS_ONLY` limits it to some kinds.
 """
 
 import os
@@ -21,6 +22,7 @@ from tests.faults.cluster import Cluster
 
 FAULTS = int(os.environ.get("FAULTS", "33"))
 QUICK = {"flush_after": 0.4, "epoch_ttl_s": 0.2, "timeout_s": 1.0, "pool_size": 8}
+ONLY = os.environ.get("FAULTS_ONLY", "").split()
 SEED = os.environ.get("FAULTS_SEED") or secrets.token_hex(4)
 
 
@@ -42,7 +44,7 @@ def test_no_single_fault_breaks_the_contract(flush_every, capsys):
         for kind, count in sorted(counts.items()):
             sys.stdout.write(f"  {count:6} {kind}\n")
     assert violations == []
-    assert all(counts[kind.removeprefix("fault_")] for kind in cluster.kinds())
+    assert all(counts[kind.removeprefix("fault_")] for kind in _kinds(cluster))
     assert counts["acknowledged put"] > FAULTS
 
 
@@ -50,7 +52,7 @@ def _run(cluster: Cluster, seed: str) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter({"clocks minutes apart": 1})
     wrong: list[str] = []
     cluster.wait_for_workers()
-    for kind in _sequence(cluster.kinds(), random.Random(seed)):
+    for kind in _sequence(_kinds(cluster), random.Random(seed)):
         method = getattr(cluster, kind)
         if method.takes != "nothing":
             cluster.settle()  # of a worker and of Redis's memory only one may be lost
@@ -75,6 +77,11 @@ def _run(cluster: Cluster, seed: str) -> tuple[Counter[str], list[str]]:
             [f"{path.name}: {path.read_text()[-2000:]}"] if "Traceback" in path.read_text() else []
         )
     return counts, wrong + checker.violations(found)
+
+
+def _kinds(cluster: Cluster) -> list[str]:
+    kinds = cluster.kinds()
+    return [kind for kind in kinds if kind.removeprefix("fault_") in ONLY] if ONLY else kinds
 
 
 def _sequence(kinds: list[str], rng: random.Random) -> list[str]:
