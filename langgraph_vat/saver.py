@@ -33,7 +33,7 @@ from langgraph_vat._ops.tiers import refresh, require_hot
 from langgraph_vat._ops.values import address, to_tuple
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import Keyring
-from langgraph_vat.serde import EncryptedSerializer
+from langgraph_vat.serde import EncryptedSerializer, sealing
 from langgraph_vat.settings import Settings
 
 
@@ -69,9 +69,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         serde: SerializerProtocol | None = None,
         is_first: bool = False,
     ) -> None:
+        keyring = sealing(keyring, serde)
         super().__init__(serde=serde)
-        if isinstance(serde, EncryptedSerializer):
-            keyring = keyring or serde.keyring
         self._life = Lifecycle(connections, settings or Settings(), keyring)
         self._shared = self._life.shared
         self._shared.is_first = is_first

@@ -22,6 +22,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import SUFFIX, Codec, PlainCodec, SealedCodec, opened_type
 from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 
 _WRAPPED_FOR = associated_data("data key", "serializer")
@@ -103,3 +104,19 @@ def codec_for(serde: SerializerProtocol, data_key: DataKey | None, *base: str) -
     if data_key is None:
         return PlainCodec(inner)
     return SealedCodec(inner, data_key, *base)
+
+
+def sealing(keyring: Keyring | None, serde: SerializerProtocol | None) -> Keyring | None:
+    """
+    Return the keyring that seals: the one given, or that of an `EncryptedSerializer`.
+
+    Raises:
+        ConfigurationError: One of them is something else.
+    """
+    if not isinstance(keyring, Keyring | None):
+        msg = f"keyring must be a Keyring, not {type(keyring).__name__}"
+        raise ConfigurationError(msg)
+    if serde is not None and not isinstance(serde, SerializerProtocol):
+        msg = f"serde must have dumps_typed and loads_typed; {type(serde).__name__} has not"
+        raise ConfigurationError(msg)
+    return keyring or (serde.keyring if isinstance(serde, EncryptedSerializer) else None)

@@ -15,7 +15,7 @@ from langgraph_vat._ops import items
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import setup_items
 from langgraph_vat.keyring import Keyring
-from langgraph_vat.serde import EncryptedSerializer
+from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
 
 
@@ -52,8 +52,7 @@ class SemanticStore(Managed, BaseStore):
         keyring: Keyring | None = None,
         serde: SerializerProtocol | None = None,
     ) -> None:
-        if isinstance(serde, EncryptedSerializer):
-            keyring = keyring or serde.keyring
+        keyring = sealing(keyring, serde)
         self.ttl_config = ttl
         self.index_config = index
         self._connections = connections

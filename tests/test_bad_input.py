@@ -20,6 +20,7 @@ from langgraph_vat.errors import (
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.saver import HybridSaver
 from langgraph_vat.settings import Settings
+from langgraph_vat.store import SemanticStore
 
 ODD = ["*", ":", "{a}", "a|b", "100%", "[a]", "a\nb", "\N{GRINNING FACE}", "a", "a*", "?"]
 
@@ -61,6 +62,12 @@ def test_unusable_settings_and_keys() -> None:
             Settings(**wrong)
     with pytest.raises(ConfigurationError):
         Keyring([("k", b"short")])
+    with pytest.raises(ConfigurationError, match="Keyring, not str"):
+        HybridSaver.from_conn_string("postgresql://h/db", keyring="abc")
+    with pytest.raises(ConfigurationError, match="dumps_typed"):
+        HybridSaver.from_conn_string("postgresql://h/db", serde=object())
+    with pytest.raises(ConfigurationError, match="Keyring, not bytes"):
+        SemanticStore.from_conn_string("postgresql://h/db", keyring=b"k")
 
 
 ABSENT = {"configurable": {"checkpoint_ns": ""}}
