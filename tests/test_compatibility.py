@@ -1,0 +1,129 @@
+"""One database, used in turn by PostgresSaver and by `HybridSaver(redis=None)`."""
+
+import operator
+import random
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.postgres import PostgresSaver
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command, interrupt
+
+from langgraph_vat import HybridSaver
+
+STEPS = 200
+
+
+@pytest.fixture(params=["theirs first", "ours first"])
+def savers(request, postgres_url):
+    ours = HybridSaver.from_conn_string(postgres_url)
+    with PostgresSaver.from_conn_string(postgres_url) as theirs:
+        for saver in (theirs, ours) if request.param == "theirs first" else (ours, theirs):
+            saver.setup()
+        yield [theirs, ours]
+    ours.close()
+
+
+def at(thread_id: str, namespace: str = "") -> Any:
+    return {"configurable": {"thread_id": thread_id, "checkpoint_ns": namespace}}
+
+
+VALUES = (
+    lambda n: n,
+    lambda n: f"text {n}",
+    lambda n: {"a": [n, None, 1.5], "b": b"bytes"},
+    lambda n: [HumanMessage(f"hi {n}", id=f"h{n}"), AIMessage("there", id=f"a{n}")],
+    lambda n: None,
+    lambda n: {1, 2, n},
+)
+
+
+def _shown(found: Any) -> Any:
+    return found and (
+        found.config["configurable"],
+        found.checkpoint,
+        found.metadata,
+        found.parent_config and found.parent_config["configurable"],
+        sorted(found.pending_writes, key=repr),
+    )
+
+
+def test_steps_of_either_are_equal_for_both_and_for_memory(savers):
+    rng, oracle = random.Random(7), InMemorySaver()
+    made: list[Any] = []
+    for step in range(STEPS):
+        parent = rng.choice([None, *made[-3:], *made[-3:]]) if step % 9 else None
+        namespace = parent["configurable"]["checkpoint_ns"] if parent else rng.choice(["", "a|b:1"])
+        config = parent or at("t", namespace)
+        before = oracle.get_tuple(config) if parent else None
+        checkpoint = {**empty_checkpoint(), **(before.checkpoint if before else {})}
+        checkpoint["id"] = empty_checkpoint()["id"]
+        checkpoint["channel_values"] = dict(checkpoint["channel_values"])
+        checkpoint["channel_versions"] = dict(checkpoint["channel_versions"])
+        new = {}
+        for channel in rng.sample(["x", "y", "z"], rng.randrange(1, 4)):
+            value = rng.choice(VALUES)(step)
+            version = oracle.get_next_version(checkpoint["channel_versions"].get(channel), None)
+            checkpoint["channel_values"][channel] = value
+            new[channel] = checkpoint["channel_versions"][channel] = version
+        metadata = {"source": "loop", "step": step, "more": {"n": step}}
+        saver = rng.choice(savers)
+        expected = oracle.put(config, checkpoint, metadata, new)
+        assert saver.put(config, checkpoint, metadata, new) == expected
+        made.append(expected)
+        target, writes = rng.choice(made[-4:]), [("x", step), ("__error__", f"no {step}")]
+        for one in (oracle, rng.choice(savers)):
+            one.put_writes(target, writes[: 1 + step % 2], f"task {step % 5}", "~path")
+        for one in savers:
+            assert _shown(one.get_tuple(target)) == _shown(oracle.get_tuple(target))
+            assert _shown(one.get_tuple(at("t"))) == _shown(oracle.get_tuple(at("t")))
+    for config in made:
+        for one in savers:
+            assert _shown(one.get_tuple(config)) == _shown(oracle.get_tuple(config))
+    for namespace in ("", "a|b:1"):
+        everything = [_shown(found) for found in oracle.list(at("t", namespace))]
+        for one in savers:
+            assert [_shown(found) for found in one.list(at("t", namespace))] == everything
+
+
+class State(TypedDict):
+    log: Annotated[list[str], operator.add]
+
+
+def _graph() -> StateGraph[Any]:
+    def ask(state: State) -> Any:
+        return {"log": [f"answer {interrupt('?')}"]}
+
+    inner = StateGraph(State).add_node("deep", lambda _: {"log": ["deep"]}).add_edge(START, "deep")
+    builder = StateGraph(State).add_node(ask).add_node("inner", inner.compile())
+    return builder.add_edge(START, "ask").add_edge("ask", "inner")
+
+
+def test_a_run_that_one_began_the_other_resumes(savers):
+    graphs = [_graph().compile(checkpointer=saver) for saver in savers]
+    oracle = _graph().compile(checkpointer=InMemorySaver())
+    for turn in range(6):
+        for graph in (oracle, graphs[turn % 2]):
+            assert "__interrupt__" in graph.invoke({"log": [f"in {turn}"]}, at("t"))
+        for graph in (oracle, graphs[(turn + 1) % 2]):
+            graph.invoke(Command(resume=turn), at("t"))
+    states = [
+        [(s.values, s.next, s.metadata["step"]) for s in graph.get_state_history(at("t"))]
+        for graph in (oracle, *graphs)
+    ]
+    assert states[0] == states[1] == states[2]
+
+
+def test_what_one_deletes_is_gone_for_the_other(savers):
+    for first, second in (savers, savers[::-1]):
+        config = first.put(at("t"), empty_checkpoint(), {"step": 0}, {})
+        second.put_writes(config, [("x", 1)], "task")
+        second.delete_thread("t")
+        assert first.get_tuple(at("t")) is None
+        first.put(at("t"), empty_checkpoint(), {"step": 1}, {})
+        assert second.get_tuple(at("t")).metadata["step"] == 1
+        first.delete_thread("t")
+        assert second.get_tuple(at("t")) is None
