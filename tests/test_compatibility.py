@@ -10,7 +10,7 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.graph import START, StateGraph
-from langgraph.types import Command, interrupt
+from langgraph.types import Command, Send, interrupt
 
 from langgraph_vat import HybridSaver
 
@@ -127,3 +127,30 @@ def test_what_one_deletes_is_gone_for_the_other(savers):
         assert second.get_tuple(at("t")).metadata["step"] == 1
         first.delete_thread("t")
         assert second.get_tuple(at("t")) is None
+
+
+@pytest.mark.parametrize("is_hot", [False, True])
+def test_what_old_checkpoints_sent_is_not_lost(postgres_url, redis_url, is_hot):
+    sends = [Send("worker", {"n": 1}), Send("worker", HumanMessage("two", id="2"))]
+    with PostgresSaver.from_conn_string(postgres_url) as theirs:
+        theirs.setup()
+        parent = theirs.put(at("t"), empty_checkpoint(), {"step": 0}, {})
+        for number, send in enumerate(sends):
+            theirs.put_writes(parent, [("x", 0), ("__pregel_tasks", send)], f"task {number}")
+        old = {**empty_checkpoint(), "v": 3, "channel_values": {"x": 1}}
+        old["channel_versions"] = {"x": theirs.get_next_version(None, None)}
+        config = theirs.put(parent, old, {"step": 1}, old["channel_versions"])
+        expected = theirs.get_tuple(config)
+        assert expected.checkpoint["channel_values"]["__pregel_tasks"] == sends
+
+        redis = redis_url if is_hot else None
+        with HybridSaver.from_conn_string(postgres_url, redis=redis, flush_every=1) as ours:
+            for _ in range(2):
+                assert _shown(ours.get_tuple(config)) == _shown(expected)
+                assert _shown(ours.get_tuple(at("t"))) == _shown(expected)
+            assert _shown(next(ours.list(at("t")))) == _shown(expected)
+            new = {**expected.checkpoint, "v": 4, "id": empty_checkpoint()["id"]}
+            after = ours.put(config, new, {"step": 2}, {})
+            for saver in (ours, theirs):
+                values = saver.get_tuple(after).checkpoint["channel_values"]
+                assert values == {"x": 1, "__pregel_tasks": sends}

@@ -186,6 +186,14 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
         FROM checkpoint_writes w
         WHERE w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
         AND w.checkpoint_id = c.checkpoint_id
+    ),
+    ARRAY(
+        SELECT ARRAY[convert_to(w.type, 'UTF8'), w.blob]
+        FROM checkpoint_writes w
+        WHERE coalesce((c.checkpoint ->> 'v')::int, 1) < 4
+        AND w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
+        AND w.checkpoint_id = c.parent_checkpoint_id AND w.channel = '__pregel_tasks'
+        ORDER BY w.task_path, w.task_id, w.idx
     )
 FROM checkpoints c
 """

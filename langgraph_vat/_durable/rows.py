@@ -8,9 +8,8 @@ from langgraph_vat._records import Blob, Snapshot, Write
 
 def to_snapshot(row: Sequence[Any]) -> Snapshot:
     """Return the record of a row that one of the snapshot statements selected."""
-    thread_id, ns, checkpoint_id, parent_id, stored, metadata, exact_type, exact, blobs, writes = (
-        row
-    )
+    thread_id, ns, checkpoint_id, parent_id, stored, metadata, exact_type, exact, *parts = row
+    blobs, writes, sends = parts
     checkpoint = dict(stored)
     inline = checkpoint.pop("channel_values", None) or {}
     found = tuple(
@@ -34,6 +33,7 @@ def to_snapshot(row: Sequence[Any]) -> Snapshot:
             Write(task.decode(), int(idx), path.decode(), channel.decode(), type_.decode(), data)
             for task, idx, path, channel, type_, data in writes
         ),
+        sends=tuple((type_.decode(), data) for type_, data in sends),
     )
 
 

@@ -29,7 +29,7 @@ from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
-from langgraph_vat._ops.values import encode_blob, refuse_plaintext
+from langgraph_vat._ops.values import encode_blob, refuse_plaintext, with_sends
 from langgraph_vat._records import Core, Fence, Snapshot, Write
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
@@ -200,13 +200,14 @@ def _pairs(
     """Return the head that shows what Postgres has."""
     if snapshot is None:
         return [*EMPTY_HEAD]
+    codec = known.codec(serde, thread_id)
+    snapshot = with_sends(snapshot, codec)
     core = Core(
         orjson.dumps(snapshot.checkpoint),
         orjson.dumps(snapshot.metadata),
         snapshot.exact_type,
         snapshot.exact,
     )
-    codec = known.codec(serde, thread_id)
     refuse_plaintext(snapshot, codec)
     return head_pairs(_complete(snapshot, codec), core)
 

@@ -10,6 +10,7 @@ exactly what was put in. The rest is kept exact beside it.
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import orjson
@@ -22,6 +23,7 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     writes_sort_key,
 )
+from langgraph.checkpoint.serde.types import TASKS
 
 from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
@@ -193,8 +195,28 @@ def load_exact(codec: Codec, snapshot: Snapshot) -> tuple[dict[str, Any], dict[s
     return metadata, hidden
 
 
+def with_sends(snapshot: Snapshot, codec: Codec) -> Snapshot:
+    """
+    Return the checkpoint as version 4 would have it: what was sent is a channel's value.
+
+    Before, it was left among the writes of the parent. PostgresSaver does the same.
+    """
+    if not snapshot.sends:
+        return snapshot
+    versions = dict(snapshot.checkpoint["channel_versions"])
+    versions[TASKS] = max(versions.values(), default="1")
+    values = [codec.load(type_, data) for type_, data in snapshot.sends]
+    return replace(
+        snapshot,
+        checkpoint={**snapshot.checkpoint, "channel_versions": versions},
+        inline={**snapshot.inline, TASKS: values},
+        sends=(),
+    )
+
+
 def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTuple:
     """Return what LangGraph reads, for the thread id by which the caller knows it."""
+    snapshot = with_sends(snapshot, codec)
     refuse_plaintext(snapshot, codec)
     ns, checkpoint_id = snapshot.checkpoint_ns, snapshot.checkpoint_id
     metadata, hidden = load_exact(codec, snapshot)
