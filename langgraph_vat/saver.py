@@ -108,7 +108,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         Raises:
             ConfigurationError: An argument cannot work.
         """
-        tuned = Settings(**settings)
+        tuned = Settings.of(settings)
         connections = Connections(postgres, redis, tuned, schema)
         return cls(connections, settings=tuned, keyring=keyring, serde=serde)
 

@@ -1,9 +1,13 @@
 """What can be tuned, with units in the names; checked when it is set."""
 
-import math
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from langgraph_vat.errors import ConfigurationError
+
+# Longer than anybody waits, and short enough for the servers' own clocks.
+_DAY_S = 86_400
+_YEAR_S = 365 * _DAY_S
 
 
 def _require(condition: object, message: str) -> None:
@@ -63,13 +67,26 @@ class Settings:
         _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
         _require(self.max_backlog_bytes >= 1, "max_backlog_bytes must be at least 1 byte")
         _require(self.on_conflict in ("fork", "raise"), "on_conflict must be 'fork' or 'raise'")
-        _require(0 < self.flush_after < math.inf, "flush_after must be more than 0 seconds")
-        _require(self.head_ttl_s >= 1, "head_ttl_s must be at least 1 second")
+        _require(0 < self.flush_after <= _YEAR_S, "flush_after must be 0 seconds to a year")
+        _require(1 <= self.head_ttl_s <= 10 * _YEAR_S, "head_ttl_s must be 1 second to 10 years")
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")
         _require(self.pool_size >= 1, "pool_size must be at least 1 connection")
-        _require(0 < self.timeout_s < math.inf, "timeout_s must be more than 0 seconds")
-        _require(0 < self.epoch_ttl_s < math.inf, "epoch_ttl_s must be more than 0 seconds")
+        _require(0 < self.timeout_s <= _DAY_S, "timeout_s must be more than 0 seconds, up to a day")
+        _require(0 < self.epoch_ttl_s <= _DAY_S, "epoch_ttl_s must be more than 0 s, up to a day")
         _require(
             self.key_prefix.isidentifier(),
             "key_prefix must be letters, digits and underscores, and start with a letter",
         )
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """
+        Return the settings that keyword arguments of a caller name.
+
+        Raises:
+            ConfigurationError: There is no such setting, or it cannot work.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(given.keys() - set(names))
+        _require(not unknown, f"no setting is called {unknown}; there are {', '.join(names)}")
+        return cls(**given)

@@ -14,6 +14,7 @@ from langgraph_vat._io.managed import Managed
 from langgraph_vat._ops import items
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import setup_items
+from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
@@ -53,6 +54,10 @@ class SemanticStore(Managed, BaseStore):
         serde: SerializerProtocol | None = None,
     ) -> None:
         keyring = sealing(keyring, serde)
+        for name, config in (("index", index), ("ttl", ttl)):
+            if config is not None and not isinstance(config, dict):
+                msg = f"{name} must be a dict, as LangGraph's stores take it"
+                raise ConfigurationError(msg)
         self.ttl_config = ttl
         self.index_config = index
         self._connections = connections
@@ -76,7 +81,7 @@ class SemanticStore(Managed, BaseStore):
         Use it in ``with`` or ``async with``, which set up the schema and close
         it, or call `setup` and `close`.
         """
-        connections = Connections(postgres, None, Settings(**settings), schema)
+        connections = Connections(postgres, None, Settings.of(settings), schema)
         return cls(connections, index=index, ttl=ttl, keyring=keyring)
 
     def setup(self) -> None:

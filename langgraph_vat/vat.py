@@ -102,7 +102,7 @@ class Vat(Managed):
             serde=serde,
             index=index,
             ttl=ttl,
-            settings=Settings(**settings),
+            settings=Settings.of(settings),
         )
 
     @classmethod
@@ -126,7 +126,7 @@ class Vat(Managed):
             ConfigurationError: The extra is not installed, or `path` cannot be used.
             UnavailableError: A server did not start.
         """
-        checked = Settings(**settings)
+        checked = Settings.of(settings)
         servers = EmbeddedServers.start(path)
         return cls(
             servers.postgres,

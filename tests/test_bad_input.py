@@ -21,6 +21,7 @@ from langgraph_vat.keyring import Keyring
 from langgraph_vat.saver import HybridSaver
 from langgraph_vat.settings import Settings
 from langgraph_vat.store import SemanticStore
+from langgraph_vat.vat import Vat
 
 ODD = ["*", ":", "{a}", "a|b", "100%", "[a]", "a\nb", "\N{GRINNING FACE}", "a", "a*", "?"]
 
@@ -153,12 +154,38 @@ def test_no_part_of_a_password_shows_in_a_traceback(postgres: Any, url: Any) -> 
     assert "SECRET" not in "".join(told)
 
 
-def test_a_slash_in_a_password_is_named_without_it() -> None:
-    saver = HybridSaver.from_conn_string("postgresql://user:SECRET/PW@127.0.0.1/db")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:SECRET/PW@127.0.0.1/db",
+        "postgresql://user:hun@SECRET@127.0.0.1:1/db",
+        "postgresql://user:12/SECRET@127.0.0.1/db",
+        "postgresql://us/er:SECRET@127.0.0.1/db",
+    ],
+)
+def test_a_password_that_ends_a_url_too_early_does_not_show(url: str) -> None:
+    saver = HybridSaver.from_conn_string(url, timeout_s=2.0)
     with pytest.raises(UnavailableError, match="%2F") as caught:
         saver.setup()
     assert "SECRET" not in str(caught.value)
     saver.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"bogus": 1}, "no setting is called.*bogus.*flush_every"),
+        ({"index": 5}, "index must be a dict"),
+        ({"ttl": 5}, "ttl must be a dict"),
+        ({"head_ttl_s": 10**17}, "head_ttl_s"),
+        ({"timeout_s": 1e10}, "timeout_s"),
+        ({"epoch_ttl_s": float("nan")}, "epoch_ttl_s"),
+        ({"redis": "redis+cluster://h/3"}, "cannot be used"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(wrong: Any, named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        Vat.connect("postgresql://h/db", **wrong)
 
 
 def test_a_cluster_that_is_not_there_is_named(postgres_url: str) -> None:

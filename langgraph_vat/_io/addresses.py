@@ -171,14 +171,14 @@ EXCEPTION WHEN duplicate_schema OR unique_violation THEN NULL;
 END $$""").format(text=sql.Literal(f'"{self._schema}"'), name=sql.Identifier(self._schema))
 
     def __str__(self) -> str:
-        """Where it is, without credentials."""
+        """Where it is, without credentials; nothing if one seems to have strayed into it."""
         parts = self.parameters()
-        port = str(parts.get("port", 5432))
-        if not port.replace(",", "").isdigit():
-            # A password with a slash ends the host too early, and shows in what follows.
+        host, port = str(parts.get("host", "localhost")), str(parts.get("port", 5432))
+        database = str(parts.get("dbname", parts.get("user")))
+        is_plain = port.replace(",", "").isdigit() and "@" not in host
+        if not is_plain or any(character in database for character in "@:/"):
             return ""
-        database = parts.get("dbname", parts.get("user"))
-        return f"host {parts.get('host', 'localhost')!r}, port {port}, database {database!r}"
+        return f"host {host!r}, port {port}, database {database!r}"
 
 
 def _unreadable() -> ConfigurationError:
@@ -227,7 +227,7 @@ class RedisAddress:
         try:
             self.client(redis.asyncio)
             problem = None
-        except (TypeError, ValueError, redis.RedisError) as error:
+        except (TypeError, ValueError, redis.RedisError, redis.RedisClusterException) as error:
             problem = type(error).__name__
         if problem is not None:
             # Outside the handler: the driver's message may quote a value.

@@ -185,8 +185,8 @@ class Connections:
     def _no_postgres(self) -> UnavailableError:
         if not (where := str(self._postgres)):
             return UnavailableError(
-                "no connection to Postgres: the port in its URL is no number. Nothing was written."
-                " Write characters such as / @ : % in a password as %2F %40 %3A %25."
+                "no connection to Postgres: its URL was read otherwise than it was meant. Nothing"
+                " was written. Write characters such as / @ : % in a password as %2F %40 %3A %25."
             )
         return UnavailableError(
             f"no connection to Postgres at {where}. Nothing was written."
