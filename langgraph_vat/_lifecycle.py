@@ -11,7 +11,7 @@ import logging
 
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.background import Background
-from langgraph_vat._io.connections import Connections
+from langgraph_vat._io.connections import Connections, closed
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops.flush import flush, overdue
@@ -34,7 +34,6 @@ class Lifecycle:
         self.shared = Shared(settings=settings, keyring=keyring, keys=Keys(settings.key_prefix))
         interval_s = min(settings.flush_after / 4, settings.epoch_ttl_s / 2)
         self._flusher = Background("langgraph-vat flusher", interval_s, self._round)
-        self._is_closed = False
         atexit.register(self._end)
 
     def blocking(self) -> Backend:
@@ -48,10 +47,15 @@ class Lifecycle:
         return await self.connections.asyncio()
 
     def close(self) -> None:
-        """Flush what this process holds, and stop flushing. Blocks; may be called again."""
-        if self._is_closed:
+        """
+        Flush what this process holds, and stop flushing. Blocks; may be called again.
+
+        No operation begins after this. One that is under way sees the mark, or is
+        acknowledged before it: then its copy is among those that are flushed here.
+        """
+        if self.shared.is_closing:
             return
-        self._is_closed = True
+        self.shared.is_closing = True
         atexit.unregister(self._end)
         self._flusher.stop()
         waiting = self.shared.copies.older_than(0)
@@ -59,7 +63,9 @@ class Lifecycle:
             self._flush_last(waiting)
 
     def _start(self) -> None:
-        if self.connections.is_hot and not self._is_closed:
+        if self.shared.is_closing:
+            raise closed()
+        if self.connections.is_hot:
             self._flusher.start()
 
     def _end(self) -> None:

@@ -290,6 +290,13 @@ MUTATIONS = [
         "test_vat.py::test_closing_flushes",
     ),
     Mutation(
+        "what is acknowledged while another thread closes is committed",
+        "_ops/shared.py",
+        "must_be_durable = self.may_evict_journals or self.is_closing",
+        "must_be_durable = self.may_evict_journals",
+        "test_vat.py::test_a_step_under_way_while_another_thread_closes_is_committed",
+    ),
+    Mutation(
         "a step waits no longer than flush_after",
         "_lifecycle.py",
         "    await flush(shared, backend, threads, wait=False)\n",

@@ -3,12 +3,17 @@
 import asyncio
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psycopg
 import pytest
 from langgraph.checkpoint.base import empty_checkpoint
 
-from langgraph_vat import ConfigurationError, Keyring, SchemaError, Vat
+from langgraph_vat import ConfigurationError, HybridSaver, Keyring, SchemaError, Vat
+from langgraph_vat._hot import scripts
 
 CONFIG = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
 
@@ -35,6 +40,83 @@ async def test_closing_flushes_in_a_loop(postgres_url, redis_url, caplog):
     assert _stored(postgres_url) == 1
     await vat.aclose()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["close", "aclose", "close of another thread"])
+def test_what_is_acknowledged_while_others_close_is_in_postgres(postgres_url, redis_url, how):
+    saver = HybridSaver.from_conn_string(
+        postgres_url, redis=redis_url, flush_every=1000, flush_after=600
+    )
+    saver.setup()
+    acknowledged: list[Any] = []
+
+    def next_step(config: Any) -> Any:
+        return config, empty_checkpoint(), {}, {}
+
+    def write(number: int) -> None:
+        config: Any = {"configurable": {"thread_id": f"s{number}", "checkpoint_ns": ""}}
+        while True:
+            config = saver.put(*next_step(config))
+            acknowledged.append(config)
+
+    async def awrite(number: int) -> None:
+        config: Any = {"configurable": {"thread_id": f"a{number}", "checkpoint_ns": ""}}
+        while True:
+            config = await saver.aput(*next_step(config))
+            acknowledged.append(config)
+
+    async def in_a_loop() -> None:
+        writers = [asyncio.ensure_future(awrite(number)) for number in range(4)]
+        await asyncio.sleep(0.5)
+        if how == "aclose":
+            await saver.aclose()
+        for problem in await asyncio.gather(*writers, return_exceptions=True):
+            assert isinstance(problem, ConfigurationError)
+
+    with ThreadPoolExecutor(5) as pool:
+        looping = pool.submit(asyncio.run, in_a_loop())
+        writing = [pool.submit(write, number) for number in range(4)]
+        if how != "aclose":
+            time.sleep(0.4)
+            saver.close()
+        looping.result()
+        for one in writing:
+            assert isinstance(one.exception(), ConfigurationError)
+    assert len(acknowledged) > 20
+    with psycopg.connect(postgres_url) as connection:
+        found = connection.execute("SELECT thread_id, checkpoint_id FROM checkpoints").fetchall()
+    wanted = {
+        (one["configurable"]["thread_id"], one["configurable"]["checkpoint_id"])
+        for one in acknowledged
+    }
+    assert wanted <= set(found)
+
+
+def test_a_step_under_way_while_another_thread_closes_is_committed(
+    postgres_url, redis_url, monkeypatch
+):
+    saver = HybridSaver.from_conn_string(postgres_url, redis=redis_url, flush_after=600)
+    saver.setup()
+    config = saver.put(CONFIG, empty_checkpoint(), {}, {})
+    hot, closed = saver._life.blocking().hot, threading.Event()
+    script = hot.script
+
+    async def late(which: Any, keys: Any, args: Any) -> Any:
+        if which is scripts.PUT:
+            closed.wait()
+        return await script(which, keys, args)
+
+    monkeypatch.setattr(hot, "script", late)
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(saver.put, config, empty_checkpoint(), {}, {})
+        time.sleep(0.1)
+        saver.close()
+        assert _stored(postgres_url) == 1
+        closed.set()
+        step.result()
+    assert _stored(postgres_url) == 2
+    saver._life.connections.close()
+    hot.close()
 
 
 def test_a_step_waits_no_longer_than_flush_after(postgres_url, redis_url):

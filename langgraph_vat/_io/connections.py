@@ -96,16 +96,18 @@ class Connections:
         opened = self._blocking
         if opened is None:
             with self._lock:
-                self._refuse_closed()
+                if self._closed:
+                    raise closed()
                 opened = self._blocking = self._blocking or self._open_blocking()
         return opened[0]
 
     async def asyncio(self) -> AsyncioBackend:
         """The backend of the running event loop, likewise."""
+        if self._closed:
+            raise closed()
         loop = asyncio.get_running_loop()
         opening = self._asyncio.get(loop)
         if opening is None:
-            self._refuse_closed()
             # No await since the look: of several tasks of this loop, one opens.
             opening = asyncio.ensure_future(self._open_asyncio())
             with self._lock:
@@ -133,13 +135,6 @@ class Connections:
         if opening is not None:
             await (await opening)[1].aclose()
         self.close()
-
-    def _refuse_closed(self) -> None:
-        if self._closed:
-            msg = (
-                "this saver or store was closed; make a new one, or use it inside its `with` block"
-            )
-            raise ConfigurationError(msg)
 
     def _open_blocking(self) -> tuple[BlockingBackend, BlockingPool]:
         address, settings = self._postgres, self._settings
@@ -192,6 +187,13 @@ class Connections:
             f"no connection to Postgres at {where}. Nothing was written."
             " Check the address, the credentials and that the server runs."
         )
+
+
+def closed() -> ConfigurationError:
+    """Return the error of who goes on using what was closed."""
+    return ConfigurationError(
+        "this saver or store was closed; make a new one, or use it inside its `with` block"
+    )
 
 
 async def _until_loop_ends(pool: AsyncioPool, client: Any) -> AsyncGenerator[None]:

@@ -128,11 +128,14 @@ class Shared:
     """Whether no other process used the tiers when this one came."""
     may_evict_journals: bool = False
     """Whether Redis would drop journals when its memory is full."""
+    is_closing: bool = False
+    """Whether nobody will flush later what is acknowledged from now on."""
 
     @property
     def flush_every(self) -> int:
-        """Super-steps of a thread that may wait in this Redis."""
-        return 1 if self.may_evict_journals else self.settings.flush_every
+        """Super-steps of a thread that may wait in this Redis; 1 for none."""
+        must_be_durable = self.may_evict_journals or self.is_closing
+        return 1 if must_be_durable else self.settings.flush_every
 
     @property
     def is_degraded(self) -> bool:
