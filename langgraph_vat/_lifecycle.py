@@ -14,10 +14,11 @@ from langgraph_vat._io.background import Background
 from langgraph_vat._io.connections import Connections, closed
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
-from langgraph_vat._ops.flush import flush, overdue
+from langgraph_vat._ops.flush import flush, note_durable, overdue
 from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.threads import reopen_abandoned
 from langgraph_vat._ops.tiers import refresh
-from langgraph_vat.errors import VatError
+from langgraph_vat.errors import UnavailableError, VatError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.settings import Settings
 
@@ -83,13 +84,24 @@ class Lifecycle:
             )
 
     def _round(self) -> None:
-        drive(_flush_overdue(self.shared, self.connections.blocking()))
+        try:
+            drive(_flush_overdue(self.shared, self.connections.blocking()))
+        except UnavailableError:
+            note_durable(self.shared, is_away=True)
 
 
 async def _flush_overdue(shared: Shared, backend: Backend) -> None:
-    """Read the row that all agree on, and flush what is old: our own first, then anybody's."""
+    """
+    Read the row that all agree on, and flush what is old: our own first, then anybody's.
+
+    Last, look after a Redis that failed: that may take long.
+    """
     await refresh(shared, backend)
     limit_s = shared.settings.flush_after
     own_s = 0 if shared.is_degraded else limit_s / 2
     threads = await overdue(shared, backend, own_s=own_s, any_s=limit_s * 3 / 4, most=64)
     await flush(shared, backend, threads, wait=False)
+    await reopen_abandoned(shared, backend, threads)
+    note_durable(shared, is_away=False)
+    if shared.is_degraded:
+        await refresh(shared, backend, may_try=True)

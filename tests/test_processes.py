@@ -40,17 +40,24 @@ def _start(postgres: str, redis: str, steps: int) -> subprocess.Popen:
     return process
 
 
+def _rest(process: subprocess.Popen) -> list[str]:
+    """Return what it says until it ends; unlike `communicate`, with what was read ahead."""
+    with process.stdout:
+        said = process.stdout.read()
+    process.wait(timeout=60)
+    return said.splitlines(keepends=True)
+
+
 def test_processes_on_one_thread_lose_nothing_even_when_one_is_killed(postgres_url, redis_url):
     config: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
     workers = [_start(postgres_url, redis_url, 60) for _ in range(3)]
     victim = _start(postgres_url, redis_url, 10_000)
     acknowledged = [victim.stdout.readline() for _ in range(20)]
     victim.send_signal(signal.SIGKILL)
-    acknowledged += victim.communicate()[0].splitlines(keepends=True)
+    acknowledged += _rest(victim)
     for worker in workers:
-        said, _ = worker.communicate(timeout=60)
+        acknowledged += _rest(worker)
         assert worker.returncode == 0
-        acknowledged += said.splitlines()
     ids = {line.strip() for line in acknowledged if len(line.strip()) == 36}
     assert len(ids) >= 200
     with HybridSaver.from_conn_string(postgres_url, redis=redis_url) as saver:
@@ -119,7 +126,7 @@ def test_both_tiers_lost_cost_fewer_steps_than_flush_every(
     said = [writer.stdout.readline() for _ in range(150)]
     writer.send_signal(signal.SIGKILL)
     own_redis.kill()
-    said += writer.communicate()[0].splitlines(keepends=True)
+    said += _rest(writer)
     shutil.rmtree(own_redis._server._data)
     own_redis.start()
     acknowledged = defaultdict(set)

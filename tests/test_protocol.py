@@ -6,6 +6,7 @@ between any two calls to a server: what it leaves behind must be enough.
 """
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,8 +58,9 @@ def process(postgres_url, redis_url):
     """Make a saver that stands for a process of its own; nothing flushes it in the background."""
     made: list[HybridSaver] = []
 
-    def start(flush_every: int = 50) -> HybridSaver:
+    def start(flush_every: int = 50, **more: Any) -> HybridSaver:
         options: Any = {"redis": redis_url, "flush_every": flush_every, "flush_after": 600.0}
+        options |= more
         saver = HybridSaver.from_conn_string(postgres_url, **options)
         saver._life._flusher.stop()
         saver.setup()
@@ -393,9 +395,22 @@ def test_a_thread_left_closed_by_a_dead_process_opens_again(process, client):
     config = put(saver, None, 1)
     meta = saver._shared.keys.meta("t")
     fence = client.hget(meta, "f")
-    client.eval(scripts.CLOSE.source, 1, meta, fence)
+    dirty = saver._shared.keys.dirty("t")
+    client.eval(scripts.CLOSE.source, 2, meta, dirty, fence, "t")
     put(saver, config, 2)
     assert values(process()) == [2, 1]
+
+
+def test_a_thread_left_closed_is_opened_though_nobody_comes_by(process, client):
+    saver, other = process(), process(flush_after=0.01)
+    put(saver, None, 1)
+    meta, dirty = saver._shared.keys.meta("t"), saver._shared.keys.dirty("t")
+    client.eval(scripts.CLOSE.source, 2, meta, dirty, client.hget(meta, "f"), "t")
+    kill(saver)
+    time.sleep(0.02)
+    other._life._round()
+    assert not client.exists(meta, dirty)
+    assert newest(other) == 1
 
 
 def test_a_torn_head_is_not_served(process, client):
@@ -447,7 +462,7 @@ def end_degradation(url: str, *savers: HybridSaver) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("UPDATE vat_state SET degraded_until = now()")
     for saver in savers:
-        saver._shared.state.read_at = float("-inf")
+        drive(refresh(saver._shared, saver._life.connections.blocking(), may_try=True))
 
 
 def newest(saver: HybridSaver, thread: str = "t") -> Any:
@@ -783,3 +798,66 @@ def test_a_full_redis_loses_nothing_whatever_its_policy(policy, client, postgres
     finally:
         client.config_set("maxmemory", 0)
         client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_whoever_goes_past_redis_waits_for_the_longest_lease(process, client):
+    patient, hasty = process(epoch_ttl_s=2.0), process(epoch_ttl_s=0.1)
+    config = put(patient, None, 1)
+    patient.flush()
+    assert newest(patient) == 1  # and it may believe so for two seconds
+    drive(degrade(hasty._shared, hasty._life.connections.blocking()))
+    put(hasty, config, 2)
+    assert newest(patient) == 2
+
+
+def test_no_caller_waits_for_a_redis_that_failed(process, postgres_url, monkeypatch, caplog):
+    saver = process(epoch_ttl_s=0.01)
+    config = put(saver, None, 0)
+    backend, tries = saver._life.connections.blocking(), []
+    drive(degrade(saver._shared, backend))
+    assert "Redis does not answer" in caplog.text
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("UPDATE vat_state SET degraded_until = now()")
+    run_ids = backend.hot.run_ids
+
+    async def count() -> str:
+        tries.append(1)
+        return await run_ids()
+
+    monkeypatch.setattr(backend.hot, "run_ids", count)
+    for step in range(1, 5):
+        config = put(saver, config, step)
+        assert newest(saver) == step
+    assert not tries
+    saver._life._round()
+    assert tries
+    assert "Redis is well" in caplog.text
+    hits = saver.stats.hits
+    assert [newest(saver), newest(saver)] == [4, 4]
+    assert saver.stats.hits > hits
+
+
+def test_no_put_waits_for_a_postgres_that_failed(own_postgres, redis_url, monkeypatch, caplog):
+    options: Any = {"flush_every": 2, "flush_after": 600.0, "timeout_s": 1.0}
+    with HybridSaver.from_conn_string(own_postgres.url, redis=redis_url, **options) as saver:
+        saver._life._flusher.stop()
+        config = put(saver, None, 0)
+        durable, tries = saver._life.connections.blocking().durable, []
+        transact = durable.transact
+
+        async def count(body: Any) -> Any:
+            tries.append(1)
+            return await transact(body)
+
+        monkeypatch.setattr(durable, "transact", count)
+        own_postgres.pause()
+        for step in range(1, 8):
+            config = put(saver, config, step)
+        assert len(tries) == 1
+        assert "Postgres does not answer" in caplog.text
+        own_postgres.resume()
+        saver._life._round()
+        put(saver, put(saver, config, 8), 9)
+        assert len(tries) > 1
+        assert rows(own_postgres.url) >= 9
+        assert "answers again" in caplog.text

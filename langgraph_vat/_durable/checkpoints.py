@@ -463,8 +463,12 @@ AND c.checkpoint_id = n.checkpoint_id
 
 # Null seconds: Redis is trusted.
 SELECT_STATE: LiteralString = """
-SELECT epoch, hot_tier::text, hot_runs, extract(epoch FROM degraded_until - now())::float8
+SELECT epoch, hot_tier::text, hot_runs, extract(epoch FROM degraded_until - now())::float8, lease_s
 FROM vat_state
+"""
+
+LENGTHEN_LEASE: LiteralString = """
+UPDATE vat_state SET lease_s = greatest(lease_s, %(seconds)s) RETURNING lease_s
 """
 
 # Whoever writes past Redis holds this until its commit: the epoch cannot end before.
@@ -482,7 +486,7 @@ RAISE_EPOCH: LiteralString = """
 UPDATE vat_state SET epoch = epoch + (degraded_until IS NULL)::int,
     degraded_until = greatest(degraded_until, now() + %(seconds)s * interval '1 second'),
     hot_runs = coalesce(%(hot_runs)s, hot_runs)
-RETURNING epoch
+RETURNING epoch, lease_s
 """
 
 EXTEND_EPOCH: LiteralString = """

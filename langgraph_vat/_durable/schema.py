@@ -17,7 +17,7 @@ LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 
 # Versions of langgraph-checkpoint-postgres that the statements below include.
 LANGGRAPH_VERSION = 9
-VERSION = 1
+VERSION = 2
 
 # In the schema that is ours, and in no other on the search path.
 HAS_SCHEMA: LiteralString = """
@@ -121,4 +121,10 @@ CREATE TABLE IF NOT EXISTS vat_schema (
     "INSERT INTO vat_schema (version) VALUES (1) ON CONFLICT DO NOTHING",
 )
 
-MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (MIGRATION_1,)
+# The longest time for which some process believes what it read of the row.
+MIGRATION_2: tuple[LiteralString, ...] = (
+    "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS lease_s FLOAT8 NOT NULL DEFAULT 0",
+    "INSERT INTO vat_schema (version) VALUES (2) ON CONFLICT DO NOTHING",
+)
+
+MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (MIGRATION_1, MIGRATION_2)

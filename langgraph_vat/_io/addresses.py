@@ -55,12 +55,18 @@ class PostgresAddress:
         self._extra: Any = {}
         if hasattr(given, "conninfo") and hasattr(given, "kwargs"):
             self._source, self._extra = given.conninfo or "", given.kwargs or {}
+        elif not (isinstance(given, str) or callable(given)):
+            msg = (
+                "postgres must be a connection string, a function that returns one, or a"
+                f" psycopg_pool; not {type(given).__name__}"
+            )
+            raise ConfigurationError(msg)
         elif not given:
             raise _unreadable()
-        if asyncio.iscoroutinefunction(self._source):
+        if any(map(asyncio.iscoroutinefunction, (self._source, self._extra))):
             msg = (
-                "the function that gives the Postgres connection string must be a plain one, not"
-                " `async`: blocking calls need it too. It runs in a thread of its own for asyncio"
+                "a function that says how to connect to Postgres must be a plain one, not `async`:"
+                " blocking calls need it too. For asyncio it runs in a thread of its own"
             )
             raise ConfigurationError(msg)
         if schema is not None and not (isinstance(schema, str) and schema.isidentifier()):
@@ -241,7 +247,8 @@ class RedisAddress:
         Args:
             colour: Module ``redis``, or ``redis.asyncio``.
         """
-        retry = colour.retry.Retry(NoBackoff(), 1)
+        # At once, on another connection. Not after a timeout: one has waited enough.
+        retry = colour.retry.Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
         options = {**self._limits, **self._options, "protocol": 2, "retry": retry}
         if self._service is not None:
             limits = {**self._limits, **self._sentinel}

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import psycopg
 import redis
@@ -71,10 +70,10 @@ class Connections:
     def _begin(self) -> None:
         self._lock = threading.Lock()
         self._blocking: tuple[BlockingBackend, BlockingPool] | None = None
-        self._asyncio: WeakKeyDictionary[
+        self._asyncio: dict[
             asyncio.AbstractEventLoop,
-            asyncio.Future[tuple[AsyncioBackend, AsyncGenerator[None]]],
-        ] = WeakKeyDictionary()
+            asyncio.Future[tuple[AsyncioBackend, AsyncGenerator[None], AsyncioPool]],
+        ] = {}
 
     @property
     def is_hot(self) -> bool:
@@ -110,17 +109,29 @@ class Connections:
         if opening is None:
             # No await since the look: of several tasks of this loop, one opens.
             opening = asyncio.ensure_future(self._open_asyncio())
+            self._leave_closed_loops()
             with self._lock:
                 self._asyncio[loop] = opening
         try:
             # Whoever gives up waiting must not take the others' connections away.
             return (await asyncio.shield(opening))[0]
-        except UnavailableError:
-            self._asyncio.pop(loop, None)
+        except BaseException:
+            if opening.done() and self._asyncio.get(loop) is opening:
+                del self._asyncio[loop]  # it failed; the next caller tries anew
             raise
+
+    def _leave_closed_loops(self) -> None:
+        """Let go of what belongs to loops that ended without their async generators' end."""
+        with self._lock:
+            ended = [loop for loop in self._asyncio if loop.is_closed()]
+            left = [self._asyncio.pop(loop) for loop in ended]
+        for opening in left:
+            if opening.done() and not opening.cancelled() and not opening.exception():
+                opening.result()[2].abandon()
 
     def close(self) -> None:
         """Close the blocking connections; an event loop's close with `aclose` or with it."""
+        self._leave_closed_loops()
         with self._lock:
             self._closed = True
             opened, self._blocking = self._blocking, None
@@ -132,9 +143,11 @@ class Connections:
     async def aclose(self) -> None:
         """Close the connections of the running loop, and the blocking ones."""
         opening = self._asyncio.pop(asyncio.get_running_loop(), None)
-        if opening is not None:
-            await (await opening)[1].aclose()
-        self.close()
+        try:
+            if opening is not None:
+                await (await opening)[1].aclose()
+        finally:
+            self.close()
 
     def _open_blocking(self) -> tuple[BlockingBackend, BlockingPool]:
         address, settings = self._postgres, self._settings
@@ -148,7 +161,7 @@ class Connections:
             hot = BlockingHot(partial(self._redis.client, redis))
         return BlockingBackend(BlockingDurable(pool), hot), pool
 
-    async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None]]:
+    async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None], AsyncioPool]:
         address, settings = self._postgres, self._settings
         with self._connecting():
             async with await psycopg.AsyncConnection.connect(
@@ -162,7 +175,7 @@ class Connections:
         hot = AsyncioHot(client) if client is not None else None
         lifetime = _until_loop_ends(pool, client)
         await anext(lifetime)
-        return AsyncioBackend(AsyncioDurable(pool), hot), lifetime
+        return AsyncioBackend(AsyncioDurable(pool), hot), lifetime, pool
 
     @contextmanager
     def _connecting(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ _HOT_LOST = (
     redis.exceptions.RedisClusterException,
     redis.exceptions.OutOfMemoryError,
     redis.exceptions.ReadOnlyError,
+    redis.exceptions.NoPermissionError,
     redis.exceptions.ClusterDownError,
     redis.exceptions.TryAgainError,
     OSError,

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
 
 from langgraph_vat._io.addresses import PostgresAddress
@@ -132,6 +133,8 @@ class BlockingPool:
 
     def _connect(self) -> BlockingConnection:
         connection = BlockingConnection.connect(**self.address.parameters())
+        # To lock, and then read what is there now; whatever the database's default is.
+        connection.isolation_level = IsolationLevel.READ_COMMITTED
         connection.answer_s = _ANSWER * self._timeout_s
         if self.address.session is not None:
             connection.execute(self.address.session)
@@ -190,6 +193,7 @@ class AsyncioPool:
 
     async def _connect(self) -> AsyncioConnection:
         connection = await AsyncioConnection.connect(**await self.address.aparameters())
+        await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         connection.answer_s = _ANSWER * self._timeout_s
         if self.address.session is not None:
             await connection.execute(self.address.session)
@@ -201,3 +205,8 @@ class AsyncioPool:
             self._idle.append(connection)
         else:
             await connection.close()
+
+    def abandon(self) -> None:
+        """Close the idle connections of a loop that is closed, and cannot do it any more."""
+        while self._idle:
+            self._idle.pop().pgconn.finish()

@@ -13,9 +13,9 @@ that build on it; it stays in the journal.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 
@@ -30,6 +30,7 @@ from langgraph_vat._records import Entry, Fence, PutEntry
 from langgraph_vat.errors import QuarantinedError, UnavailableError
 
 logger = logging.getLogger("langgraph_vat")
+T = TypeVar("T")
 
 # Threads of one transaction: enough to share a commit, few enough to be quick.
 _MOST_THREADS = 64
@@ -197,7 +198,7 @@ async def _flush_some(
         hot = await hot_to_write(shared, backend)
         is_past = hot is None and backend.hot is not None
         try:
-            batches = await backend.durable.transact(body)
+            batches = await _noting(shared, backend.durable.transact(body))
         except HotTierError:
             await degrade(shared, backend)
     for batch in batches:
@@ -208,6 +209,29 @@ async def _flush_some(
         _drop(shared, batch)
         shared.quarantine.pop(batch.thread_id, None)
     return sum(len(batch.held) for batch in batches)
+
+
+async def _noting(shared: Shared, transaction: Awaitable[T]) -> T:
+    try:
+        done = await transaction
+    except UnavailableError:
+        note_durable(shared, is_away=True)
+        raise
+    note_durable(shared, is_away=False)
+    return done
+
+
+def note_durable(shared: Shared, *, is_away: bool) -> None:
+    """Remember, and say when it changes, whether Postgres takes what is flushed."""
+    if is_away and not shared.is_durable_away:
+        logger.warning(
+            "Postgres does not answer: with flush_every > 1 runs go on, their steps are kept in"
+            " Redis and in this process, up to max_backlog; other calls raise. It is asked again"
+            " and again."
+        )
+    elif shared.is_durable_away and not is_away:
+        logger.warning("Postgres answers again: what was kept is flushed.")
+    shared.is_durable_away = is_away
 
 
 async def _lock(

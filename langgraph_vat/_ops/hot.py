@@ -388,7 +388,7 @@ async def _acknowledge(
     is_urgent = isinstance(entry, WritesEntry) and any(
         write.channel in (ERROR, INTERRUPT) for write in entry.writes
     )
-    if every > 1 and steps < every and not is_urgent:
+    if every > 1 and (shared.is_durable_away or (steps < every and not is_urgent)):
         return
     try:
         await flush(shared, backend, [thread_id])

@@ -106,6 +106,8 @@ class State:
     hot_runs: str = ""
     """The processes of Redis that are trusted."""
     read_at: float = float("-inf")
+    lease_s: float = 0.0
+    """For how long any process believes what it read, at most."""
     obeyed_at: float = float("-inf")
     """When every process has read the epoch that this one knows."""
 
@@ -128,6 +130,8 @@ class Shared:
     """Whether no other process used the tiers when this one came."""
     may_evict_journals: bool = False
     """Whether Redis would drop journals when its memory is full."""
+    is_durable_away: bool = False
+    """Whether Postgres did not answer the last time: then only the flusher asks it for a flush."""
     is_closing: bool = False
     """Whether nobody will flush later what is acknowledged from now on."""
 

@@ -14,7 +14,7 @@ A thread's fence: read it, open the thread in Redis under it, give it a new one.
 
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -247,6 +247,21 @@ async def settle(
     await _reopen(shared, hot, thread_id, text, is_deleted=False)
 
 
+async def reopen_abandoned(shared: Shared, backend: Backend, thread_ids: Sequence[str]) -> None:
+    """Open those of some threads that a process closed, and then died or lost Redis."""
+    hot = await hot_to_write(shared, backend)
+    if hot is None or not thread_ids:
+        return
+    try:
+        metas = [shared.keys.meta(thread_id) for thread_id in thread_ids]
+        fences = await hot.read_each("HGET", metas, "f")
+        for thread_id, fence in zip(thread_ids, fences, strict=True):
+            if fence and fence.startswith(b"closing:"):
+                await settle(shared, backend, hot, thread_id, fence)
+    except HotTierError:
+        await degrade(shared, backend)
+
+
 async def change_history(
     shared: Shared,
     backend: Backend,
@@ -318,7 +333,8 @@ async def _close(shared: Shared, backend: Backend, thread_id: str, fence: Fence)
     if hot is None:
         return None
     try:
-        await hot.script(scripts.CLOSE, [shared.keys.meta(thread_id)], [fence.text])
+        pair = [shared.keys.meta(thread_id), shared.keys.dirty(thread_id)]
+        await hot.script(scripts.CLOSE, pair, [fence.text, thread_id])
     except HotTierError:
         await degrade(shared, backend)
         return None

@@ -5,7 +5,8 @@ One row in Postgres is what every process agrees on: the epoch, whether it is
 a degraded one, and which Redis holds the data.
 
 1. A head counts only under the epoch it was made in, and a process serves one
-   only if it has read the row within the last `epoch_ttl_s` seconds.
+   only if it has read the row within the last `epoch_ttl_s` seconds. The longest
+   such time of any process, its lease, is in the row.
 2. A process that cannot reach Redis begins a degraded epoch, and so does one
    that finds another Redis process, or an emptied one, in the place of the one
    that the row names: it may remember less. From then on every process flushes
@@ -15,7 +16,8 @@ a degraded one, and which Redis holds the data.
    nobody serves a head from before, whoever dies in between.
 4. After a while the first who finds Redis well begins a new epoch, in which it
    is trusted. Nothing was ever written past Redis in that one, so its heads
-   cannot be overtaken unseen.
+   cannot be overtaken unseen. Only flushers look: a server that is frozen takes
+   its time to be found so, and no caller has to wait for that.
 """
 
 import logging
@@ -23,7 +25,7 @@ import uuid
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
-from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Row, Session
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -90,30 +92,36 @@ async def require_hot(shared: Shared, backend: Backend, address: str) -> None:
         await backend.hot.script(scripts.CLOCK, [shared.keys.identity], [])
     except HotTierError as error:
         msg = (
-            f"no answer from Redis at {address}. Nothing was written. Check the address, the"
-            " credentials and that the server runs; or leave out redis= to use Postgres alone."
+            f"Redis at {address} cannot be used ({error}). Nothing was written. Check the address,"
+            " the credentials, the user's rights and that the server runs; or leave out redis= to"
+            " use Postgres alone."
         )
         raise UnavailableError(msg) from error
 
 
-async def refresh(shared: Shared, backend: Backend) -> None:
+async def refresh(shared: Shared, backend: Backend, *, may_try: bool = False) -> None:
     """
     Read the row, and look whether Redis is still the one it names.
+
+    Args:
+        shared: The memory of this process.
+        backend: Both tiers.
+        may_try: Whether to try a Redis that failed a while ago.
 
     Raises:
         ConfigurationError: The database belongs to another Redis, or this
             Redis to another database.
         UnavailableError: Postgres does not answer.
     """
-    read_at = now()
-    epoch, hot_tier, hot_runs, left_s = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+    read_at, row = await _read_row(shared, backend)
+    epoch, hot_tier, hot_runs, left_s, _ = row
     if backend.hot is None:
         if hot_tier is not None:
             raise _needs_hot_tier()
         shared.state.epoch, shared.state.read_at = epoch, read_at
         return
     _learn(shared, epoch, read_at, is_degraded=left_s is not None)
-    if left_s is None or left_s <= 0:
+    if left_s is None or (left_s <= 0 and may_try):
         try:
             await _attach(shared, backend, backend.hot, hot_tier, hot_runs)
         except HotTierError:
@@ -121,12 +129,29 @@ async def refresh(shared: Shared, backend: Backend) -> None:
     shared.state.read_at = max(read_at, shared.state.read_at)
 
 
+async def _read_row(shared: Shared, backend: Backend) -> tuple[float, Row]:
+    """
+    Return the row, and when it had this content at the earliest.
+
+    Before a process believes a reading for longer than any other does, the row
+    says so: who begins an epoch waits for as long.
+    """
+    own_s = shared.settings.epoch_ttl_s
+    while True:
+        read_at = now()
+        row = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+        shared.state.lease_s = row[4]
+        if row[4] >= own_s or backend.hot is None:
+            return read_at, row
+        await backend.durable.fetch(sql.LENGTHEN_LEASE, {"seconds": own_s})
+
+
 def _learn(shared: Shared, epoch: int, known_at: float, *, is_degraded: bool) -> None:
     """Take over an epoch, unless this process knows a later one already."""
     state = shared.state
     if epoch > state.epoch:
         state.epoch, state.is_degraded = epoch, is_degraded
-        state.obeyed_at = known_at + shared.settings.epoch_ttl_s
+        state.obeyed_at = known_at + state.lease_s
 
 
 async def _attach(
@@ -140,7 +165,7 @@ async def _attach(
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
     if found is not None and hot_tier is None:
         # Another process may have claimed both since the row was read.
-        _, hot_tier, hot_runs, _ = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+        _, hot_tier, hot_runs, *_ = (await backend.durable.fetch(sql.SELECT_STATE))[0]
     if found is not None:
         _refuse_foreign(found, hot_tier)
     is_lost = hot_tier is not None and (found is None or runs != hot_runs)
@@ -151,7 +176,7 @@ async def _attach(
     elif is_lost and not (is_start and shared.is_first):
         # It lost its memory, or one with an older memory took its place:
         # heads may be stale, and others may hold steps that only they have.
-        wait_s = shared.settings.flush_after + shared.settings.epoch_ttl_s
+        wait_s = shared.settings.flush_after + shared.state.lease_s
         await _raise_epoch(shared, backend, wait_s, runs)
         logger.warning(
             "Redis was restarted, replaced or emptied: for %.0f s steps go to Postgres, and"
@@ -168,10 +193,12 @@ async def _attach(
 
 
 async def _trust(shared: Shared, backend: Backend, runs: str) -> None:
-    params = {"epoch": shared.state.epoch, "hot_runs": runs}
+    params, was_degraded = {"epoch": shared.state.epoch, "hot_runs": runs}, shared.is_degraded
     rows = await backend.durable.fetch(sql.TRUST_HOT_TIER, params)
     if rows:  # else another process did, and the next look at the row tells
         _learn(shared, rows[0][0], now(), is_degraded=False)
+    if rows and was_degraded:
+        logger.warning("Redis is well: steps and reads go through it again.")
 
 
 def _needs_hot_tier() -> ConfigurationError:
@@ -211,6 +238,10 @@ async def degrade(shared: Shared, backend: Backend) -> None:
     if not shared.is_degraded:
         shared.counters.degraded += 1
         await _raise_epoch(shared, backend, _DEGRADED_TTLS * shared.settings.epoch_ttl_s, None)
+        logger.warning(
+            "Redis does not answer, or refuses to write: until it is well every step is committed"
+            " in Postgres before it is acknowledged, which is slower. Nothing is lost."
+        )
     await _until_obeyed(shared, backend)
 
 
@@ -228,5 +259,6 @@ async def _raise_epoch(
     shared: Shared, backend: Backend, seconds: float, hot_runs: str | None
 ) -> None:
     params = {"seconds": seconds, "hot_runs": hot_runs}
-    epoch = (await backend.durable.fetch(sql.RAISE_EPOCH, params))[0][0]
+    rows = await backend.durable.fetch(sql.RAISE_EPOCH, params)
+    epoch, shared.state.lease_s = rows[0]
     _learn(shared, epoch, now(), is_degraded=True)

@@ -52,13 +52,17 @@ local function obstacle(meta, fence, epoch)
   return nil
 end
 
+local function now_ms()
+  local now = redis.call('TIME')
+  return now[1] * 1000 + math.floor(now[2] / 1000)
+end
+
 -- Appends one entry and marks the thread dirty; returns the entry's id.
 -- The append comes first: where it fails, nothing has been written.
 local function append(meta, journal, dirty, thread, ttl, fields)
   local id = redis.call('XADD', journal, '*', unpack(fields))
   redis.call('PERSIST', journal)
-  local now = redis.call('TIME')
-  redis.call('ZADD', dirty, 'NX', now[1] * 1000 + math.floor(now[2] / 1000), thread)
+  redis.call('ZADD', dirty, 'NX', now_ms(), thread)
   redis.call('HDEL', meta, 't')
   redis.call('EXPIRE', meta, ttl)
   return id

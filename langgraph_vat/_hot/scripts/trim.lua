@@ -9,7 +9,8 @@ if first then
 else
   -- The empty stream stays a while: it remembers the last id, so none is used twice.
   redis.call('EXPIRE', journal, ARGV[3])
-  redis.call('ZREM', dirty, ARGV[1])
+  local fence = redis.call('HGET', meta, 'f')
+  if not (fence and starts(fence, 'closing:')) then redis.call('ZREM', dirty, ARGV[1]) end
 end
 if redis.call('HEXISTS', meta, 'n') == 1 then
   local steps = first and math.max(0, redis.call('HGET', meta, 'n') - ARGV[2]) or 0
