@@ -276,10 +276,10 @@ MUTATIONS = [
         "test_protocol.py::test_no_put_waits_for_a_postgres_that_failed",
     ),
     Mutation(
-        "transactions read what was committed before each statement",
-        "_io/pool.py",
-        "        connection.isolation_level = IsolationLevel.READ_COMMITTED\n",
-        "",
+        "each statement reads what was committed before it, whatever the database's default is",
+        "_io/addresses.py",
+        r'''isolation = r"-c default_transaction_isolation=read\ committed"''',
+        'isolation = ""',
         "test_connections.py -kisolation",
     ),
     Mutation(

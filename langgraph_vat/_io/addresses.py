@@ -74,7 +74,7 @@ class PostgresAddress:
             raise ConfigurationError(msg)
         self._timeout_s = settings.timeout_s
         self._schema = schema
-        self._is_pooled = False
+        self._is_pooled: bool | None = None
         if not self._is_asked:
             self.parameters()
 
@@ -105,6 +105,8 @@ class PostgresAddress:
             given.setdefault("target_session_attrs", "read-write")
         if self._is_pooled:
             given["prepare_threshold"] = None
+        elif self._is_pooled is not None:  # a pooler would refuse options
+            given["options"] = f"{given.get('options', '')} {self._options}".strip()
         return {**given, "autocommit": True}
 
     async def aparameters(self) -> dict[str, Any]:
@@ -139,9 +141,15 @@ class PostgresAddress:
         self._is_pooled = told != real
 
     @property
-    def session(self) -> sql.Composed | None:
-        """What is said once in each new connection; None where that is nothing."""
-        return None if self._is_pooled or self._schema is None else self._set_path(local=False)
+    def _options(self) -> str:
+        # A lock, and then what is there now: whatever the database's default is.
+        isolation = r"-c default_transaction_isolation=read\ committed"
+        return isolation if self._schema is None else f"{isolation} -c search_path={self._path}"
+
+    @property
+    def _path(self) -> str:
+        # The extension's types usually live in public.
+        return f'"{self._schema}",public'
 
     @property
     def transaction(self) -> sql.Composed:
@@ -151,19 +159,13 @@ class PostgresAddress:
         idle_ms = limit.format(sql.Literal(str(int(self._timeout_s * 3000))))
         if not self.is_path_lost:
             return sql.SQL("SELECT {}").format(idle_ms)
-        return sql.SQL("{}, {}").format(self._set_path(local=True), idle_ms)
+        path = sql.SQL("set_config('search_path', {}, true)").format(sql.Literal(self._path))
+        return sql.SQL("SELECT {}, {}").format(path, idle_ms)
 
     @property
     def is_path_lost(self) -> bool:
         """Whether each statement needs a transaction, to say where the tables are."""
-        return self._is_pooled and self._schema is not None
-
-    def _set_path(self, *, local: bool) -> sql.Composed:
-        # The extension's types usually live in public.
-        path = f'"{self._schema}", public'
-        return sql.SQL("SELECT set_config('search_path', {}, {})").format(
-            sql.Literal(path), sql.Literal(local)
-        )
+        return bool(self._is_pooled) and self._schema is not None
 
     @property
     def create_schema(self) -> sql.Composed:

@@ -89,8 +89,8 @@ def map_postgres() -> Iterator[None]:
         raise  # only a migration sets a lock timeout, and it knows what to say
     except LOST as error:
         msg = (
-            f"Postgres did not answer ({type(error).__name__}). The operation happened whole or"
-            " not at all; repeat it once the server is reachable."
+            f"Postgres cannot be used now ({type(error).__name__}). The operation happened whole"
+            " or not at all; repeat it once the server is well."
         )
         raise UnavailableError(msg) from error
 

@@ -133,11 +133,8 @@ class BlockingPool:
 
     def _connect(self) -> BlockingConnection:
         connection = BlockingConnection.connect(**self.address.parameters())
-        # To lock, and then read what is there now; whatever the database's default is.
         connection.isolation_level = IsolationLevel.READ_COMMITTED
         connection.answer_s = _ANSWER * self._timeout_s
-        if self.address.session is not None:
-            connection.execute(self.address.session)
         return connection
 
     def _reuse(self) -> BlockingConnection | None:
@@ -195,8 +192,6 @@ class AsyncioPool:
         connection = await AsyncioConnection.connect(**await self.address.aparameters())
         await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         connection.answer_s = _ANSWER * self._timeout_s
-        if self.address.session is not None:
-            await connection.execute(self.address.session)
         return connection
 
     async def _take_back(self, connection: AsyncioConnection) -> None:
