@@ -30,6 +30,7 @@ from psycopg.rows import dict_row
 from redis._parsers.base import BaseParser
 
 from langgraph_vat import ConfigurationError, HybridSaver, SemanticStore, UnavailableError
+from langgraph_vat._io.driver import drive
 from langgraph_vat._io.mapping import map_redis
 from langgraph_vat._io.protocols import HotTierError
 from langgraph_vat.embedded import RedisServer, _package
@@ -337,6 +338,9 @@ def test_another_default_isolation_changes_nothing(postgres_url, redis_url, leve
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, [saver] * 4))
         assert len(list(saver.list(None))) == 160
+        durable, query = saver._life.connections.blocking().durable, "SHOW transaction_isolation"
+        for one in (durable.fetch(query), durable.transact(lambda session: session.fetch(query))):
+            assert drive(one) == [("read committed",)]
 
 
 def test_a_redis_user_without_rights_is_named(postgres_url, redis_url):
