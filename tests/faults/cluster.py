@@ -99,7 +99,7 @@ class Cluster:
         self.postgres = Killable(
             PostgresServer(
                 self._disk / "pg", sockets, max_wal_size="64MB", min_wal_size="32MB",
-                max_connections="100", full_page_writes="off",
+                max_connections="200", full_page_writes="off",
             )
         )  # fmt: skip
         self._ports = _free_ports(2)

@@ -32,11 +32,11 @@ _FEW = 40
 
 
 class Sample(NamedTuple):
-    """What one worker, or Redis, has at one instant."""
+    """What one worker, or a server, has at one instant."""
 
     memory: float
     count: int
-    """Open files and threads of a process; keys of Redis."""
+    """Open files and threads of a process; keys of Redis; Postgres's connections."""
 
 
 @pytest.mark.soak
@@ -61,7 +61,7 @@ def test_a_long_run_with_faults_leaves_nothing_behind(capsys):
     with capsys.disabled():
         sys.stdout.write(f"\n{faults} faults in {SOAK_S:.0f} s, seed={SEED} logs={directory}\n")
         for name, of_name in samples.items():
-            sys.stdout.write(f"  {name:6} memory, MB, and count: {_quarters(of_name)}\n")
+            sys.stdout.write(f"  {name:8} memory, MB, and count: {_quarters(of_name)}\n")
     assert violations == []
     assert left == []
     for name, of_name in samples.items():
@@ -88,6 +88,7 @@ def _run(cluster: Cluster) -> tuple[dict[str, list[Sample]], int]:
         for worker in cluster.workers:
             samples.setdefault(worker.log.stem, []).append(_of_process(worker.process.pid))
         samples.setdefault("redis", []).append(_of_redis(cluster))
+        samples.setdefault("backends", []).append(Sample(0, _backends(cluster)))
     return samples, faults
 
 
@@ -102,6 +103,14 @@ def _of_process(pid: int) -> Sample:
 def _of_redis(cluster: Cluster) -> Sample:
     with redis.Redis.from_url(cluster.redis_url) as client:
         return Sample(client.info("memory")["used_memory"] / 2**20, client.dbsize())
+
+
+def _backends(cluster: Cluster) -> int:
+    """Return how many connections to Postgres are ours."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'langgraph-vat'"
+    with psycopg.connect(cluster.postgres.url) as connection:
+        row = connection.execute(query).fetchone()
+    return int(row[0]) if row else 0
 
 
 def _quarters(samples: list[Sample]) -> list[Sample]:
@@ -124,11 +133,7 @@ def _check(cluster: Cluster) -> list[str]:
     wrong += [
         f"left behind: {end}" for end in ends if set(end["threads"]) != {"MainThread", "tell"}
     ]
-    with psycopg.connect(cluster.postgres.url) as connection:
-        (backends,) = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'langgraph-vat'"
-        ).fetchone() or (0,)
-    wrong += [f"{backends} backends left behind"] if backends else []
+    wrong += [f"{left} backends left behind"] if (left := _backends(cluster)) else []
     with HybridSaver.from_conn_string(cluster.postgres.url, redis=cluster.redis_url) as saver:
         saver.flush()
         found = {place(one.config): one for one in saver.list(None)}
