@@ -29,6 +29,8 @@ WORKERS, TALKERS = 2, 16
 POOL = 8
 # The interpreter, its loops and LangGraph's executors; connections come on top.
 _FEW = 40
+# Threads that are hot at one time, and a fault may have emptied Redis before.
+_KEYS = 400
 
 
 class Sample(NamedTuple):
@@ -65,9 +67,10 @@ def test_a_long_run_with_faults_leaves_nothing_behind(capsys):
     assert violations == []
     assert left == []
     for name, of_name in samples.items():
-        early, late = _quarters(of_name)[1], _quarters(of_name)[3]
-        assert late.memory < 1.15 * early.memory + 8, name
-        assert late.count < 1.25 * early.count + _FEW, name
+        early, late = of_name[: len(of_name) // 2], _quarters(of_name)[3]
+        assert late.memory < 1.15 * max(one.memory for one in early) + 8, name
+        few = _KEYS if name == "redis" else _FEW
+        assert late.count < 1.25 * max(one.count for one in early) + few, name
 
 
 def _run(cluster: Cluster) -> tuple[dict[str, list[Sample]], int]:
