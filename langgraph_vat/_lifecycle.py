@@ -8,6 +8,7 @@ interpreter exits.
 
 import atexit
 import logging
+from contextlib import suppress
 
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.background import Background
@@ -104,4 +105,5 @@ async def _flush_overdue(shared: Shared, backend: Backend) -> None:
     await reopen_abandoned(shared, backend, threads)
     note_durable(shared, is_away=False)
     if shared.is_degraded:
-        await refresh(shared, backend, may_try=True)
+        with suppress(UnavailableError):  # of Postgres the next round tells
+            await refresh(shared, backend, may_try=True)

@@ -471,6 +471,13 @@ LENGTHEN_LEASE: LiteralString = """
 UPDATE vat_state SET lease_s = greatest(lease_s, %(seconds)s) RETURNING lease_s
 """
 
+# Before any change of the row. Who shares a row's lock lets others share it before
+# one that waits for it alone, so a change might wait for ever while many write past
+# Redis; they share this lock of the table too, which is given in the order of asking.
+# Nobody who stands behind waits for longer than a moment, should a holder be frozen.
+LOCK_STATE: LiteralString = "LOCK TABLE vat_state IN EXCLUSIVE MODE"
+STATE_LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '1s'"
+
 # Whoever writes past Redis holds this until its commit: the epoch cannot end before.
 SHARE_STATE: LiteralString = """
 SELECT epoch FROM vat_state WHERE degraded_until IS NOT NULL FOR SHARE

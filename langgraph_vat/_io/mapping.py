@@ -86,7 +86,7 @@ def map_postgres() -> Iterator[None]:
         )
         raise SchemaError(msg) from error
     except psycopg.errors.LockNotAvailable:
-        raise  # only a migration sets a lock timeout, and it knows what to say
+        raise  # whoever sets a lock timeout knows what to say
     except LOST as error:
         msg = (
             f"Postgres cannot be used now ({type(error).__name__}). The operation happened whole"

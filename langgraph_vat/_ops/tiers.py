@@ -22,10 +22,13 @@ a degraded one, and which Redis holds the data.
 
 import logging
 import uuid
+from typing import LiteralString
+
+import psycopg
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
-from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Row, Session
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Params, Row, Session
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -143,7 +146,25 @@ async def _read_row(shared: Shared, backend: Backend) -> tuple[float, Row]:
         shared.state.lease_s = row[4]
         if row[4] >= own_s or backend.hot is None:
             return read_at, row
-        await backend.durable.fetch(sql.LENGTHEN_LEASE, {"seconds": own_s})
+        await _change_row(backend, sql.LENGTHEN_LEASE, {"seconds": own_s})
+
+
+async def _change_row(backend: Backend, statement: LiteralString, params: Params) -> list[Row]:
+    """Change the row, when the transactions that hold it have ended."""
+
+    async def body(session: Session) -> list[Row]:
+        await session.execute(sql.STATE_LOCK_TIMEOUT)
+        await session.execute(sql.LOCK_STATE)
+        return await session.fetch(statement, params)
+
+    try:
+        return await backend.durable.transact(body)
+    except psycopg.errors.LockNotAvailable as error:
+        msg = (
+            "a process that is frozen, or slow, holds the row that says whether Redis may be"
+            " trusted. Nothing was written; repeat it in some seconds."
+        )
+        raise UnavailableError(msg) from error
 
 
 def _learn(shared: Shared, epoch: int, known_at: float, *, is_degraded: bool) -> None:
@@ -171,7 +192,7 @@ async def _attach(
     is_lost = hot_tier is not None and (found is None or runs != hot_runs)
     if hot_tier is None:
         ours = {"hot_tier": str(uuid.uuid4()), "hot_runs": runs}
-        await backend.durable.fetch(sql.CLAIM_HOT_TIER, ours)
+        await _change_row(backend, sql.CLAIM_HOT_TIER, ours)
         hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
     elif is_lost and not (is_start and shared.is_first):
         # It lost its memory, or one with an older memory took its place:
@@ -194,7 +215,7 @@ async def _attach(
 
 async def _trust(shared: Shared, backend: Backend, runs: str) -> None:
     params, was_degraded = {"epoch": shared.state.epoch, "hot_runs": runs}, shared.is_degraded
-    rows = await backend.durable.fetch(sql.TRUST_HOT_TIER, params)
+    rows = await _change_row(backend, sql.TRUST_HOT_TIER, params)
     if rows:  # else another process did, and the next look at the row tells
         _learn(shared, rows[0][0], now(), is_degraded=False)
     if rows and was_degraded:
@@ -252,13 +273,13 @@ async def _stay_past(shared: Shared, backend: Backend) -> None:
         return
     seconds = _DEGRADED_TTLS * shared.settings.epoch_ttl_s
     params = {"epoch": shared.state.epoch, "seconds": seconds}
-    await backend.durable.fetch(sql.EXTEND_EPOCH, params)
+    await _change_row(backend, sql.EXTEND_EPOCH, params)
 
 
 async def _raise_epoch(
     shared: Shared, backend: Backend, seconds: float, hot_runs: str | None
 ) -> None:
     params = {"seconds": seconds, "hot_runs": hot_runs}
-    rows = await backend.durable.fetch(sql.RAISE_EPOCH, params)
+    rows = await _change_row(backend, sql.RAISE_EPOCH, params)
     epoch, shared.state.lease_s = rows[0]
     _learn(shared, epoch, now(), is_degraded=True)

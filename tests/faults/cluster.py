@@ -188,7 +188,11 @@ class Cluster:
         with self._client() as client:
             at_ms = int(client.time()[0] * 1000)
             while True:
-                dirty = any(client.zrangebyscore(b, "-inf", at_ms) for b in keys.buckets)
+                dirty = [
+                    thread.decode()
+                    for bucket in keys.buckets
+                    for thread in client.zrangebyscore(bucket, "-inf", at_ms)
+                ]
                 held = any(
                     worker.oldest() < begun
                     for worker in self.workers
@@ -196,7 +200,12 @@ class Cluster:
                 )
                 if not dirty and not held:
                     return
-                assert time.monotonic() < begun + 90, f"did not settle: {dirty=} {held=}"
+                if time.monotonic() > begun + 90:
+                    left = {
+                        t: (client.hgetall(keys.meta(t)), client.xlen(keys.journal(t)))
+                        for t in dirty
+                    }
+                    raise AssertionError(f"did not settle: {held=} {left=}")
                 time.sleep(0.05)
 
     def is_whole(self) -> list[Any]:
