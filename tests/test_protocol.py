@@ -208,6 +208,17 @@ def test_a_late_child_of_a_deleted_thread_is_refused(process, postgres_url):
     assert values(other) == [3]
 
 
+def test_a_late_write_is_refused_though_redis_heard_nothing_of_the_deletion(process, postgres_url):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    saver.flush()
+    drive(degrade(other._shared, other._life.connections.blocking()))
+    other.delete_thread("t")  # past Redis, where the thread is open still
+    end_degradation(postgres_url, other, saver)
+    with pytest.raises(ThreadDeletedError):
+        saver.put_writes(config, [("a", 1)], "task")
+
+
 @pytest.mark.parametrize("is_delta", [True, False])
 def test_a_late_child_is_refused_though_a_late_write_came_first(process, postgres_url, is_delta):
     saver = process()
@@ -801,6 +812,15 @@ def test_a_full_redis_loses_nothing_whatever_its_policy(policy, client, postgres
     finally:
         client.config_set("maxmemory", 0)
         client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_thread_whose_journal_was_evicted_is_not_dirty_for_ever(process, client):
+    saver = process()
+    put(saver, None, 1)
+    client.delete(saver._shared.keys.journal("t"))
+    saver.flush()
+    assert not client.exists(*saver._shared.keys.buckets)
+    assert values(saver) == [1]
 
 
 def test_whoever_goes_past_redis_waits_for_the_longest_lease(process, client):

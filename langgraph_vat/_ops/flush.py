@@ -498,7 +498,7 @@ async def _trim(shared: Shared, backend: Backend, hot: Hot, batch: _Batch) -> No
         if past:
             heads = [keys.head(thread_id, ns) for ns in sorted(past)]
             await hot.script(scripts.VOID, [meta, *heads], [])
-        if done:
+        if done or not batch.journal:  # one that was evicted leaves its thread's name
             steps = sum(isinstance(entry, PutEntry) for _, entry in done)
             ids = (entry_id for entry_id, _ in done)
             args: list[Arg] = [thread_id, steps, shared.settings.head_ttl_s, *ids]
