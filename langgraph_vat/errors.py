@@ -32,6 +32,15 @@ class SchemaError(VatError):
     """The Postgres schema is missing, older, newer or locked. Nothing was changed."""
 
 
+class MigrationError(VatError):
+    """
+    What was copied is not what its source has.
+
+    The source is as it was. What was copied before stays in the target; the
+    copy can be begun again.
+    """
+
+
 class ThreadDeletedError(VatError):
     """
     A late write to a thread that was deleted meanwhile.
