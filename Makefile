@@ -17,7 +17,7 @@ demo: $(VENV)/.demo $(VENV)/.model
 	@$(RUN) -m demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 check: $(VENV)/.check
 	$(RUN) -m ruff check

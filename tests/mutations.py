@@ -150,6 +150,20 @@ MUTATIONS = [
         "test_protocol.py::test_a_thread_whose_journal_was_evicted_is_not_dirty_for_ever",
     ),
     Mutation(
+        "what was copied to another saver is compared with its source",
+        "migrate.py",
+        "        await _has(target, config, wanted, serde)\n        or ",
+        "        True or ",
+        "test_migrate.py::test_what_does_not_come_back_equal_is_told",
+    ),
+    Mutation(
+        "a copied child comes after its parent, whatever their ids",
+        "migrate.py",
+        "        ordered.update(dict.fromkeys(reversed(line)))\n",
+        "        ordered.update(dict.fromkeys(line))\n",
+        "test_migrate.py::test_a_child_with_a_smaller_id_than_its_parent_comes_after_it",
+    ),
+    Mutation(
         "a Redis that restarted or failed over is noticed",
         "_ops/tiers.py",
         "(found is None or runs != hot_runs)",
