@@ -27,7 +27,7 @@ from langgraph_vat._lifecycle import Lifecycle
 from langgraph_vat._ops import history, hot, retention
 from langgraph_vat._ops.address import View, check, check_channels, check_run_ids
 from langgraph_vat._ops.flush import flush, overdue
-from langgraph_vat._ops.schema import setup_checkpoints, warn_of_sealed
+from langgraph_vat._ops.schema import check_checkpoints, ddl, setup_checkpoints, warn_of_sealed
 from langgraph_vat._ops.shared import Counters
 from langgraph_vat._ops.tiers import refresh, require_hot
 from langgraph_vat._ops.values import address, to_tuple
@@ -137,6 +137,30 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         if self._shared.keyring is None:
             await warn_of_sealed(backend)
         await refresh(self._shared, backend, may_try=True)
+
+    def ddl(self) -> str:
+        """
+        Return the SQL that `setup` runs, for whoever may change the schema, or for Alembic.
+
+        It is run in one transaction (``psql -1``), on a new database or an older one,
+        and may be run again. `setup` then finds nothing to do: the role that runs the
+        graphs needs SELECT, INSERT, UPDATE and DELETE, and nothing else.
+        """
+        return ddl(self._life.connections.schema)
+
+    def check(self) -> Sequence[str]:
+        """
+        Return what the tables or the role lack, a line each; nothing if all is there.
+
+        Raises:
+            SchemaError: The schema is newer than this package.
+            UnavailableError: Postgres does not answer.
+        """
+        return drive(check_checkpoints(self._life.connections.blocking()))
+
+    async def acheck(self) -> Sequence[str]:
+        """Like `check`."""
+        return await check_checkpoints(await self._life.connections.asyncio())
 
     def flush(self) -> None:
         """Move every dirty thread's journal to Postgres, other processes' too."""

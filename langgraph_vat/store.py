@@ -13,7 +13,7 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._ops import items
 from langgraph_vat._ops.search import VectorIndex
-from langgraph_vat._ops.store_schema import setup_items
+from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import sealing
@@ -84,19 +84,37 @@ class SemanticStore(Managed, BaseStore):
         connections = Connections(postgres, None, Settings.of(settings), schema)
         return cls(connections, index=index, ttl=ttl, keyring=keyring)
 
-    def setup(self) -> None:
+    def setup(self, *, create_extension: bool = True) -> None:
         """
         Create or migrate the tables. Safe in many processes at once, and again.
+
+        Args:
+            create_extension: Whether to create the extension ``vector`` where it is
+                missing; many hosts leave that to somebody else.
 
         Raises:
             SchemaError: They cannot be brought up to date; pgvector is missing.
             ConfigurationError: The table's vectors have other dimensions.
         """
-        drive(setup_items(self._connections.blocking(), self._items.index))
+        backend, index = self._connections.blocking(), self._items.index
+        drive(setup_items(backend, index, create_extension=create_extension))
 
-    async def asetup(self) -> None:
+    async def asetup(self, *, create_extension: bool = True) -> None:
         """Like `setup`."""
-        await setup_items(await self._connections.asyncio(), self._items.index)
+        backend, index = await self._connections.asyncio(), self._items.index
+        await setup_items(backend, index, create_extension=create_extension)
+
+    def ddl(self) -> str:
+        """Return the SQL that `setup` runs; see `HybridSaver.ddl`."""
+        return ddl(self._connections.schema, self._items.index)
+
+    def check(self) -> list[str]:
+        """Return what the tables or the role lack; see `HybridSaver.check`."""
+        return drive(check_items(self._connections.blocking(), self._items.index))
+
+    async def acheck(self) -> list[str]:
+        """Like `check`."""
+        return await check_items(await self._connections.asyncio(), self._items.index)
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """

@@ -37,6 +37,8 @@ ALTER TABLE store
     "CREATE TABLE IF NOT EXISTS vat_store_keys (root TEXT PRIMARY KEY, data_key BYTEA NOT NULL)",
 )
 
+TABLES = ("store", "vat_store_keys")
+
 IS_CURRENT: LiteralString = """
 SELECT to_regclass(quote_ident(current_schema()) || '.vat_store_keys') IS NOT NULL,
     to_regclass(quote_ident(current_schema()) || '.store_vectors') IS NOT NULL

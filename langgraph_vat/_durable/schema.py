@@ -34,6 +34,26 @@ WHERE l.relation IN (to_regclass('checkpoints'), to_regclass('checkpoint_blobs')
 AND a.pid <> pg_backend_pid()
 """
 
+TABLES = (
+    "checkpoints",
+    "checkpoint_blobs",
+    "checkpoint_writes",
+    "vat_threads",
+    "vat_floors",
+    "vat_deleted_runs",
+    "vat_state",
+)
+
+# Which of these tables are not there, and what the role may not do with the others.
+LACKING: LiteralString = """
+SELECT name, to_regclass(place) IS NULL, ARRAY(
+    SELECT right_ FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r (right_)
+    WHERE NOT has_table_privilege(to_regclass(place), right_)
+)
+FROM unnest(%(tables)s::text[]) AS t (name)
+CROSS JOIN LATERAL (SELECT quote_ident(current_schema()) || '.' || name) AS p (place)
+"""
+
 MIGRATION_1: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS checkpoint_migrations (v INTEGER PRIMARY KEY)",
     """

@@ -141,6 +141,11 @@ class PostgresAddress:
         self._is_pooled = told != real
 
     @property
+    def schema(self) -> str | None:
+        """The schema of the tables; None for the role's default."""
+        return self._schema
+
+    @property
     def _options(self) -> str:
         # A lock, and then what is there now: whatever the database's default is.
         isolation = r"-c default_transaction_isolation=read\ committed"

@@ -81,6 +81,11 @@ class Connections:
         return self._redis is not None
 
     @property
+    def schema(self) -> str | None:
+        """The Postgres schema of the tables; None for the role's default."""
+        return self._postgres.schema
+
+    @property
     def redis_address(self) -> str:
         """Where Redis is, without credentials."""
         return str(self._redis)

@@ -8,10 +8,11 @@ whose.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import LiteralString
 
 import psycopg
+from psycopg import sql as composing
 
 from langgraph_vat._durable import schema as sql
 from langgraph_vat._io.protocols import Backend, Session
@@ -41,6 +42,47 @@ async def setup_checkpoints(backend: Backend) -> None:
                 await session.execute(statement)
 
     await migrate(backend, body, sql.BLOCKERS)
+
+
+def ddl(schema: str | None) -> str:
+    """Return what `setup_checkpoints` would run on a new or an older database, as a script."""
+    statements = [statement for migration in sql.MIGRATIONS for statement in migration]
+    return script(schema, [composing.SQL(statement) for statement in statements])
+
+
+def script(schema: str | None, statements: Sequence[composing.Composable]) -> str:
+    """Return statements as the text of a script that is run in one transaction."""
+    first: list[composing.Composable] = []
+    if schema is not None:
+        name = composing.Identifier(schema)
+        first = [
+            composing.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(name),
+            composing.SQL("SET LOCAL search_path TO {}, public").format(name),
+        ]
+    texts = (statement.as_string(None).strip() for statement in (*first, *statements))
+    return "".join(f"{text};\n" for text in texts)
+
+
+async def check_checkpoints(backend: Backend) -> list[str]:
+    """Return what the tables or the role lack; nothing if the saver can work."""
+    found = await lacking(backend, sql.TABLES)
+    version = await _version(backend)
+    if version != sql.VERSION:
+        found.append(f"the schema is version {version}, and must be {sql.VERSION}: run setup()")
+    return found
+
+
+async def lacking(backend: Backend, tables: Sequence[str]) -> list[str]:
+    """Return which tables are not there, and what the role may not do with the others."""
+    found = []
+    for name, is_missing, rights in await backend.durable.fetch(
+        sql.LACKING, {"tables": list(tables)}
+    ):
+        if is_missing:
+            found.append(f"table {name} is missing: run setup(), or what ddl() prints")
+        elif rights:
+            found.append(f"the role may not {', '.join(rights)} on table {name}: GRANT it")
+    return found
 
 
 async def warn_of_sealed(backend: Backend) -> None:
