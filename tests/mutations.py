@@ -164,6 +164,13 @@ MUTATIONS = [
         "test_migrate.py::test_a_child_with_a_smaller_id_than_its_parent_comes_after_it",
     ),
     Mutation(
+        "a thread that is begun anew while what it left is discarded loses nothing",
+        "_ops/flush.py",
+        "        born.update(await _born(session, [t for t in mine if t not in fences]))\n",
+        "",
+        "test_protocol.py::test_what_a_thread_begins_with_is_not_taken_for_what_a_deleted_one_left",
+    ),
+    Mutation(
         "a Redis that restarted or failed over is noticed",
         "_ops/tiers.py",
         "(found is None or runs != hot_runs)",

@@ -22,6 +22,7 @@ from langgraph_vat import ConflictError, HybridSaver, ThreadDeletedError, Unavai
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.driver import drive
+from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import now
 from langgraph_vat._ops.tiers import degrade, refresh
 
@@ -935,3 +936,28 @@ def test_who_holds_the_state_and_is_frozen_keeps_nobody_from_writing(process, po
         assert time.monotonic() < begun + 3
     assert rows(postgres_url) == 2
     assert "Postgres does not answer" not in caplog.text
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_a_thread_begins_with_is_not_taken_for_what_a_deleted_one_left(
+    process, client, is_own
+):
+    saver, other = process(), process()
+    put(saver, None, 1)
+    saver.delete_thread("t")
+    backend = saver._life.connections.blocking()
+
+    async def script(name: Any, keys: Any, args: Any) -> Any:
+        # The flush found no row to lock; now there is one.
+        if name is scripts.JOURNAL and not values_begun:
+            values_begun.append(put(saver if is_own else other, None, 2))
+        return await backend.hot.script(name, keys, args)
+
+    values_begun: list[Any] = []
+    hot = SimpleNamespace(script=script, read_each=backend.hot.read_each)
+    late = SimpleNamespace(durable=backend.durable, hot=hot, sleep=backend.sleep)
+    drive(flush(saver._shared, late, ["t"], wait=False))
+    assert values_begun
+    kill(saver)  # either may be lost, and Redis is not
+    kill(other)
+    assert values(process()) == [2]

@@ -183,12 +183,16 @@ async def _flush_some(
     shared: Shared, backend: Backend, thread_ids: Sequence[str], *, wait: bool
 ) -> int:
     """Flush in one transaction; return how many entries had to stay."""
+    born: set[str] = set()
 
     async def body(session: Session) -> list[_Batch] | None:
         if is_past and not await holds_epoch(shared, session):
             return None
         fences, mine = await _lock(session, thread_ids, wait=wait)
         batches = [await _read(shared, hot, thread_id) for thread_id in mine]
+        born.clear()
+        born.update(await _born(session, [t for t in mine if t not in fences]))
+        batches = [batch for batch in batches if batch.thread_id not in born]
         if any(batch.entries for batch in batches):
             await _write(shared, session, fences, batches)
         return batches
@@ -208,7 +212,23 @@ async def _flush_some(
             await _trim(shared, backend, hot, batch)
         _drop(shared, batch)
         shared.quarantine.pop(batch.thread_id, None)
-    return sum(len(batch.held) for batch in batches)
+    held = sum(len(batch.held) for batch in batches)
+    return held + (
+        await _flush_some(shared, backend, sorted(born), wait=True) if born and wait else 0
+    )
+
+
+async def _born(session: Session, thread_ids: Sequence[str]) -> set[str]:
+    """
+    Return which threads exist that could not be locked because they did not.
+
+    What was read of them since may be of their new life. What was read of the
+    others is of one that ended: a fence is there before the first step is taken.
+    """
+    if not thread_ids:
+        return set()
+    rows = await session.fetch(sql.EXISTING_THREADS, {"threads": list(thread_ids)})
+    return {row[0] for row in rows}
 
 
 async def _noting(shared: Shared, transaction: Awaitable[T]) -> T:

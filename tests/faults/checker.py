@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -43,12 +44,19 @@ class Checker:
             self._of[record["op"]].append(record)
         self._uncertain = uncertain
         self._deletes: dict[str, list[Record]] = defaultdict(list)
-        for record in self._of["delete"]:
+        for record in (*self._of["delete"], *self._unfinished()):
             self._deletes[record["thread"]].append(record)
+
+    def _unfinished(self) -> Iterable[Record]:
+        """Return the deletes whose worker was killed before it could note how they went."""
+        done = {(record["who"], record["id"]) for record in self._of["delete"]}
+        for record in self._of["deleting"]:
+            if (record["who"], record["id"]) not in done:
+                yield {**record, "outcome": "unknown", "end": sys.maxsize}
 
     def counts(self) -> Counter[str]:
         """Return how many operations of each kind were noted."""
-        return Counter({op: len(records) for op, records in self._of.items()})
+        return Counter({op: len(of) for op, of in self._of.items() if op != "deleting"})
 
     def violations(self, found: dict[tuple[str, str, str], Any]) -> list[str]:
         """

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -121,12 +122,14 @@ class Saver(HybridSaver):
 
     @contextmanager
     def _noting_delete(self, thread_id: str) -> Iterator[None]:
-        note, outcome = self._noting("delete", thread=thread_id), "unknown"
+        start, outcome = time.monotonic_ns(), "unknown"
+        note = partial(self.recorder.note, start=start, thread=thread_id, id=str(uuid.uuid4()))
+        note("deleting")  # this process may be killed meanwhile
         try:
             yield
             outcome = "done"
         finally:
-            note(outcome=outcome)
+            note("delete", outcome=outcome)
 
 
 def _where(config: Any) -> dict[str, str]:
