@@ -127,5 +127,5 @@ class Snapshot:
     """Channel values that PostgresSaver keeps inside the checkpoint's JSON."""
     blobs: tuple[Blob, ...]
     writes: tuple[Write, ...]
-    sends: tuple[tuple[str, bytes], ...] = ()
-    """Types and values that checkpoints before version 4 left among their parent's writes."""
+    sends: tuple[Write, ...] = ()
+    """What checkpoints before version 4 left among the writes of their parent."""

@@ -171,6 +171,20 @@ MUTATIONS = [
         "test_protocol.py::test_what_a_thread_begins_with_is_not_taken_for_what_a_deleted_one_left",
     ),
     Mutation(
+        "nobody waits for a parent that was deleted with its run",
+        "_ops/flush.py",
+        "(entry.fence.history >= history and ",
+        "(entry and ",
+        "test_protocol.py::test_runs_that_another_process_deleted_keep_nobody_waiting",
+    ),
+    Mutation(
+        "what was sent before version 4 is opened where it was sealed",
+        "_ops/values.py",
+        "load_write(codec, ns, parent_id, write) for",
+        "load_write(codec, ns, snapshot.checkpoint_id, write) for",
+        "test_compatibility.py::test_what_old_checkpoints_sent_is_opened_where_it_is_sealed",
+    ),
+    Mutation(
         "a Redis that restarted or failed over is noticed",
         "_ops/tiers.py",
         "(found is None or runs != hot_runs)",

@@ -11,8 +11,9 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, Send, interrupt
+from redis import Redis
 
-from langgraph_vat import HybridSaver
+from langgraph_vat import HybridSaver, Keyring
 
 STEPS = 200
 
@@ -130,7 +131,23 @@ def test_what_one_deletes_is_gone_for_the_other(savers):
 
 
 @pytest.mark.parametrize("is_hot", [False, True])
-def test_what_old_checkpoints_sent_is_not_lost(postgres_url, redis_url, is_hot):
+def test_what_old_checkpoints_sent_is_opened_where_it_is_sealed(postgres_url, redis_url, is_hot):
+    options: Any = {"redis": redis_url if is_hot else None, "keyring": Keyring.generate()}
+    with HybridSaver.from_conn_string(postgres_url, flush_every=1, **options) as saver:
+        parent = saver.put(at("t"), empty_checkpoint(), {"step": 0}, {})
+        saver.put_writes(parent, [("__pregel_tasks", Send("worker", {"n": 1}))], "task")
+        saver.put(parent, {**empty_checkpoint(), "v": 3}, {"step": 1}, {})
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        if is_hot:
+            with Redis.from_url(redis_url) as client:
+                client.flushall()
+        for _ in range(2):
+            values = saver.get_tuple(at("t")).checkpoint["channel_values"]
+            assert values == {"__pregel_tasks": [Send("worker", {"n": 1})]}
+
+
+@pytest.mark.parametrize("is_hot", [False, True])
+def test_what_old_checkpoints_sent_is_not_lost_is_not_lost(postgres_url, redis_url, is_hot):
     sends = [Send("worker", {"n": 1}), Send("worker", HumanMessage("two", id="2"))]
     with PostgresSaver.from_conn_string(postgres_url) as theirs:
         theirs.setup()

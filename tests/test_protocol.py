@@ -359,6 +359,19 @@ def test_deleted_runs_stay_away_from_older_copies(process, client, postgres_url)
     assert values(process()) == [1]
 
 
+def test_runs_that_another_process_deleted_keep_nobody_waiting(process):
+    saver, other = process(), process()
+    config = put(saver, None, 1)
+    config = put(saver, config, 2)
+    other.flush()  # the writer does not know, and keeps its copies
+    other.delete_for_runs(["r1"])
+    begun = time.monotonic()
+    put(saver, config, 3)
+    assert values(saver) == [3, 2]
+    assert is_whole(saver)
+    assert time.monotonic() < begun + 5
+
+
 def test_a_slow_fill_does_not_set_the_head_back(process, client):
     slow, quick = process(), process()
     config = put(slow, None, 1)

@@ -188,7 +188,9 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
         AND w.checkpoint_id = c.checkpoint_id
     ),
     ARRAY(
-        SELECT ARRAY[convert_to(w.type, 'UTF8'), w.blob]
+        SELECT ARRAY[convert_to(w.task_id, 'UTF8'), convert_to(w.idx::text, 'UTF8'),
+                     convert_to(w.task_path, 'UTF8'), convert_to(w.channel, 'UTF8'),
+                     convert_to(w.type, 'UTF8'), w.blob]
         FROM checkpoint_writes w
         WHERE coalesce((c.checkpoint ->> 'v')::int, 1) < 4
         AND w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
@@ -355,11 +357,15 @@ AND NOT EXISTS (
 )
 """,
     """
-DELETE FROM checkpoint_blobs b
-WHERE b.thread_id = %(thread)s AND (b.checkpoint_ns, b.channel, b.version) NOT IN (
-    SELECT c.checkpoint_ns, v.key, v.value FROM checkpoints c
+WITH named AS MATERIALIZED (
+    SELECT DISTINCT c.checkpoint_ns, v.key AS channel, v.value AS version FROM checkpoints c
     CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
     WHERE c.thread_id = %(thread)s
+)
+DELETE FROM checkpoint_blobs b
+WHERE b.thread_id = %(thread)s AND NOT EXISTS (
+    SELECT FROM named n WHERE n.checkpoint_ns = b.checkpoint_ns
+    AND n.channel = b.channel AND n.version = b.version
 )
 """,
 )

@@ -29,12 +29,15 @@ def to_snapshot(row: Sequence[Any]) -> Snapshot:
         # Where a blob exists, the inline entry is only PostgresSaver's marker for it.
         inline={channel: value for channel, value in inline.items() if channel not in named},
         blobs=found,
-        writes=tuple(
-            Write(task.decode(), int(idx), path.decode(), channel.decode(), type_.decode(), data)
-            for task, idx, path, channel, type_, data in writes
-        ),
-        sends=tuple((type_.decode(), data) for type_, data in sends),
+        writes=tuple(_to_write(*write) for write in writes),
+        sends=tuple(_to_write(*write) for write in sends),
     )
+
+
+def _to_write(
+    task: bytes, idx: bytes, path: bytes, channel: bytes, type_: bytes, data: bytes
+) -> Write:
+    return Write(task.decode(), int(idx), path.decode(), channel.decode(), type_.decode(), data)
 
 
 def columns(rows: Sequence[Sequence[Any]], *names: str) -> dict[str, list[Any]]:

@@ -37,6 +37,8 @@ _MOST_THREADS = 64
 # Seconds for which a step waits for what it builds on, should that be in another
 # process's hands: that one may be slow, or frozen.
 _BASELESS_S = 60.0
+# Later than any history number: then nothing waits for a parent.
+_ANY = 2**63
 
 
 @dataclass(slots=True)
@@ -288,7 +290,7 @@ async def _write(
     for batch in batches:
         fence = fences.get(batch.thread_id)
         kept = [e for e in wanted[batch.thread_id] if not _is_history(e, fence, checks, batch)]
-        wanted[batch.thread_id] = _satisfied(shared, batch, kept, checks)
+        wanted[batch.thread_id] = _satisfied(shared, batch, kept, checks, fence)
     pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
     if pairs:
         await _insert(session, pairs)
@@ -361,7 +363,9 @@ def _is_history(entry: Entry, fence: Fence | None, checks: _Checks, batch: _Batc
     return is_older and floor is not None and entry.checkpoint_id < floor
 
 
-def _satisfied(shared: Shared, batch: _Batch, entries: list[Entry], checks: _Checks) -> list[Entry]:
+def _satisfied(
+    shared: Shared, batch: _Batch, entries: list[Entry], checks: _Checks, fence: Fence | None
+) -> list[Entry]:
     """
     Return the entries whose base Postgres has, or gets with them; hold the others back.
 
@@ -369,12 +373,14 @@ def _satisfied(shared: Shared, batch: _Batch, entries: list[Entry], checks: _Che
     only among the copies, behind what the journal has since. The base may
     then be among another process's copies, which stores them as soon as it
     can. A base that does not come was lost by two failures at once: values
-    that build on it go with it, and a parent is no longer named.
+    that build on it go with it, and a parent is no longer named. Nor is one
+    that is gone since the history was changed: it need not be waited for.
     """
     puts = [entry for entry in entries if isinstance(entry, PutEntry)]
-    is_late = _is_late(shared, _baseless(batch.thread_id, puts, checks, may_be_orphans=False))
+    history = fence.history if fence is not None else 0
+    is_late = _is_late(shared, _baseless(batch.thread_id, puts, checks, history))
     out: set[bytes] = set()
-    while baseless := _baseless(batch.thread_id, puts, checks, may_be_orphans=is_late):
+    while baseless := _baseless(batch.thread_id, puts, checks, _ANY if is_late else history):
         out |= {entry.uid for entry in baseless}
         puts = [entry for entry in puts if entry.uid not in out]
     if not is_late:
@@ -403,8 +409,9 @@ def _is_late(shared: Shared, baseless: list[PutEntry]) -> bool:
 
 
 def _baseless(
-    thread_id: str, puts: list[PutEntry], checks: _Checks, *, may_be_orphans: bool
+    thread_id: str, puts: list[PutEntry], checks: _Checks, history: int
 ) -> list[PutEntry]:
+    """Return what lacks values; or a parent, of what was taken in this history or a later one."""
     brought = {(e.checkpoint_ns, b.channel, b.version) for e in puts for b in e.blobs}
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
     return [
@@ -415,7 +422,7 @@ def _baseless(
             and (entry.checkpoint_ns, *need) not in brought
             for need in entry.needs
         )
-        or (not may_be_orphans and _is_orphan(thread_id, entry, checks, here))
+        or (entry.fence.history >= history and _is_orphan(thread_id, entry, checks, here))
     ]
 
 

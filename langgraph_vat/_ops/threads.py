@@ -201,6 +201,7 @@ def _pairs(
     if snapshot is None:
         return [*EMPTY_HEAD]
     codec = known.codec(serde, thread_id)
+    refuse_plaintext(snapshot, codec)
     snapshot = with_sends(snapshot, codec)
     core = Core(
         orjson.dumps(snapshot.checkpoint),
@@ -208,7 +209,6 @@ def _pairs(
         snapshot.exact_type,
         snapshot.exact,
     )
-    refuse_plaintext(snapshot, codec)
     return head_pairs(_complete(snapshot, codec), core)
 
 

@@ -205,7 +205,8 @@ def with_sends(snapshot: Snapshot, codec: Codec) -> Snapshot:
         return snapshot
     versions = dict(snapshot.checkpoint["channel_versions"])
     versions[TASKS] = max(versions.values(), default="1")
-    values = [codec.load(type_, data) for type_, data in snapshot.sends]
+    ns, parent_id = snapshot.checkpoint_ns, snapshot.parent_id
+    values = [load_write(codec, ns, parent_id, write) for write in snapshot.sends]
     return replace(
         snapshot,
         checkpoint={**snapshot.checkpoint, "channel_versions": versions},
@@ -216,8 +217,8 @@ def with_sends(snapshot: Snapshot, codec: Codec) -> Snapshot:
 
 def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTuple:
     """Return what LangGraph reads, for the thread id by which the caller knows it."""
-    snapshot = with_sends(snapshot, codec)
     refuse_plaintext(snapshot, codec)
+    snapshot = with_sends(snapshot, codec)
     ns, checkpoint_id = snapshot.checkpoint_ns, snapshot.checkpoint_id
     metadata, hidden = load_exact(codec, snapshot)
     values = dict(snapshot.inline)
