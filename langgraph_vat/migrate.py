@@ -2,9 +2,9 @@
 Copy everything from any saver or store to any other, over LangGraph's public API.
 
 A copy may be stopped at any time and begun again: what the target has already,
-and equal, is not written a second time. Everything that was written is read
-back from the target and compared by digest. Nothing is ever deleted, and the
-source is only read.
+and equal, is not written a second time. Every thread that was written, and every
+item, is read back from the target and compared by digest. Nothing is ever deleted,
+and the source is only read.
 
 Copy while nothing writes to the source's threads; a copy that is repeated
 takes over what came since.
@@ -16,7 +16,8 @@ TTL and index, and the order of a checkpoint's writes stands in for the path.
 
 import hashlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,12 +28,12 @@ from langgraph.checkpoint.base import (
     ChannelVersions,
     CheckpointTuple,
 )
-from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.store.base import BaseStore, GetOp, Item, ListNamespacesOp, Op, PutOp, SearchOp
 
 from langgraph_vat._io.driver import drive
-from langgraph_vat.errors import MigrationError
+from langgraph_vat.errors import InvalidInputError, MigrationError
+from langgraph_vat.saver import HybridSaver
 
 # Items, or namespaces, that are read at once.
 _PAGE = 200
@@ -91,11 +92,11 @@ def copy_checkpoints(
         How many checkpoints there were, and how many had to be copied.
 
     Raises:
-        MigrationError: The target does not give back what was put, or the
-            source changed meanwhile.
+        MigrationError: The target does not take a checkpoint or does not give it
+            back equal, or the source changed meanwhile.
     """
     pair = _BlockingSaver(source), _BlockingSaver(target)
-    return drive(_copy_checkpoints(*pair, source.serde, thread_ids, report))
+    return drive(_copy_checkpoints(*pair, thread_ids, report))
 
 
 async def acopy_checkpoints(
@@ -107,7 +108,7 @@ async def acopy_checkpoints(
 ) -> Progress:
     """Like `copy_checkpoints`, by the savers' asyncio methods."""
     pair = _AsyncioSaver(source), _AsyncioSaver(target)
-    return await _copy_checkpoints(*pair, source.serde, thread_ids, report)
+    return await _copy_checkpoints(*pair, thread_ids, report)
 
 
 def copy_items(source: BaseStore, target: BaseStore, *, report: Report = _unseen) -> Progress:
@@ -143,6 +144,8 @@ class _Saver(Protocol):
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, path: str
     ) -> None: ...
 
+    async def flush(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class _BlockingSaver:
@@ -165,6 +168,10 @@ class _BlockingSaver:
     ) -> None:
         self.saver.put_writes(config, writes, task_id, path)
 
+    async def flush(self) -> None:
+        if isinstance(self.saver, HybridSaver):
+            self.saver.flush()
+
 
 @dataclass(frozen=True)
 class _AsyncioSaver:
@@ -185,6 +192,10 @@ class _AsyncioSaver:
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, path: str
     ) -> None:
         await self.saver.aput_writes(config, writes, task_id, path)
+
+    async def flush(self) -> None:
+        if isinstance(self.saver, HybridSaver):
+            await self.saver.aflush()
 
 
 class _Store(Protocol):
@@ -210,135 +221,170 @@ class _AsyncioStore:
 # --- checkpoints -------------------------------------------------------------
 
 
+# Namespace and id of a checkpoint.
+_Key = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _One:
+    """What is remembered of a checkpoint."""
+
+    versions: ChannelVersions
+    parent: _Key | None
+    digest: bytes
+
+
+_Thread = dict[_Key, _One]
+
+
 async def _copy_checkpoints(
-    source: _Saver,
-    target: _Saver,
-    serde: SerializerProtocol,
-    thread_ids: Iterable[str] | None,
-    report: Report,
+    source: _Saver, target: _Saver, thread_ids: Iterable[str] | None, report: Report
 ) -> Progress:
     progress = Progress()
-    if thread_ids is None:
-        found: dict[str, None] = {}
+    counts: dict[str, int] = {}
+    if isinstance(thread_ids, str):
+        raise InvalidInputError("thread_ids must be a list of ids, not one id; nothing was copied")
+    if thread_ids is not None:
+        counts = dict.fromkeys(thread_ids, 1)
+    else:
         async for one in source.every(None):
-            found[one.config["configurable"]["thread_id"]] = None
-            progress.total += 1
-        thread_ids = found
-    for thread_id in thread_ids:
-        await _copy_thread(source, target, serde, thread_id, progress, report)
-    return _done(progress, report)
+            thread_id = one.config["configurable"]["thread_id"]
+            counts[thread_id] = counts.get(thread_id, 0) + 1
+        progress.total = sum(counts.values())
+    for thread_id, least in counts.items():
+        thread = await _read_thread(source, thread_id)
+        if len(thread) < least:
+            raise MigrationError(
+                f"the source shows {len(thread)} checkpoints of thread {thread_id!r} instead of at"
+                f" least {least}: it was deleted meanwhile, never was, or list() of one thread"
+                " leaves out namespaces. What was copied before stays."
+            )
+        await _copy_thread(source, target, thread_id, thread, progress, report)
+    progress.total, progress.is_done = max(progress.total, progress.done), True
+    report(progress)
+    return progress
 
 
-# Namespace and id of a checkpoint, and what its channels' versions were.
-_Key = tuple[str, str]
-_Versions = dict[_Key, dict[str, Any]]
+async def _read_thread(saver: _Saver, thread_id: str) -> _Thread:
+    """Read a thread; a parent that is not there is none."""
+    thread: _Thread = {}
+    async for one in saver.every({"configurable": {"thread_id": thread_id}}):
+        parent = _key(one.parent_config) if one.parent_config is not None else None
+        versions = dict(one.checkpoint["channel_versions"])
+        thread[_key(one.config)] = _One(versions, parent, _digest(_content(one)))
+    for found in thread.values():
+        if found.parent not in thread:
+            found.parent = None
+    return thread
 
 
 async def _copy_thread(
     source: _Saver,
     target: _Saver,
-    serde: SerializerProtocol,
     thread_id: str,
+    thread: _Thread,
     progress: Progress,
     report: Report,
 ) -> None:
-    """Copy one thread, parents first; in memory are the versions of all its checkpoints."""
-    versions: _Versions = {}
-    parents: dict[_Key, _Key] = {}
-    async for one in source.every({"configurable": {"thread_id": thread_id}}):
-        key = _key(one.config)
-        versions[key] = dict(one.checkpoint["channel_versions"])
-        if one.parent_config is not None:
-            parents[key] = _key(one.parent_config)
-    for key in _parents_first(versions, parents):
-        parent = parents.get(key)
-        if parent not in versions:
-            parent = None  # it was deleted
-        progress.copied += await _copy_one(source, target, serde, thread_id, key, parent, versions)
+    """Copy one thread, parents first; then read all of it from the target again."""
+    present = await _read_thread(target, thread_id)
+    before = progress.copied
+    for key in _parents_first(thread):
+        if not _is_same(thread[key], present.get(key)):
+            await _copy_one(source, target, thread_id, key, thread)
+            progress.copied += 1
         progress.done += 1
         report(progress)
+    if progress.copied > before:
+        await target.flush()  # what a cache says proves nothing
+        await _verify(source, target, thread_id, thread)
 
 
-def _parents_first(versions: _Versions, parents: dict[_Key, _Key]) -> list[_Key]:
+def _parents_first(thread: _Thread) -> list[_Key]:
     """Order checkpoints by id, but no child before its parent: clocks differ."""
     ordered: dict[_Key, None] = {}
-    for key in sorted(versions):
-        line, above = [], key
-        while above in versions and above not in ordered and above not in line:
+    for key in sorted(thread):
+        line: list[_Key] = []
+        above: _Key | None = key
+        while above is not None and above not in ordered and above not in line:
             line.append(above)
-            above = parents.get(above, above)
+            above = thread[above].parent
         ordered.update(dict.fromkeys(reversed(line)))
     return list(ordered)
 
 
 async def _copy_one(
-    source: _Saver,
-    target: _Saver,
-    serde: SerializerProtocol,
-    thread_id: str,
-    key: _Key,
-    parent: _Key | None,
-    versions: _Versions,
-) -> bool:
-    """Copy a checkpoint unless the target has it; return whether it had to be copied."""
-    config = _config(thread_id, *key)
+    source: _Saver, target: _Saver, thread_id: str, key: _Key, thread: _Thread
+) -> None:
+    config, parent = _config(thread_id, *key), thread[key].parent
     found = await source.get(config)
     if found is None:
-        raise MigrationError(_gone(thread_id, key))
-    wanted = _digest(_content(found, parent), serde)
-    if await _has(target, config, wanted, serde):
-        return False
-    before = versions[parent] if parent is not None else {}
-    new = {c: v for c, v in versions[key].items() if before.get(c) != v}
-    await target.put(_config(thread_id, key[0], parent[1] if parent else ""), found, new)
+        raise MigrationError(
+            f"checkpoint {key[1]} of thread {thread_id!r} was deleted from the source while it was"
+            " copied. What was copied stays; copy again once nothing changes the source."
+        )
+    known = thread[parent].versions if parent is not None else {}
+    new = {c: v for c, v in thread[key].versions.items() if known.get(c) != v}
     tasks: dict[str, list[tuple[str, Any]]] = {}
     for task_id, channel, value in found.pending_writes or []:
         tasks.setdefault(task_id, []).append((channel, value))
-    for position, (task_id, writes) in enumerate(tasks.items()):
-        await target.put_writes(config, writes, task_id, f"{position:06d}")
-    if not (
-        await _has(target, config, wanted, serde)
-        or await _are_equal(source, target, config, parent)  # sets in an object have no order
-    ):
-        raise MigrationError(
-            f"checkpoint {key[1]} of thread {thread_id!r} does not come back from the target as"
-            " the source has it. What was copied before it stays; the source was not changed."
-            " Look whether both know the same types (serde=), and copy into an empty thread."
-        )
-    return True
+    with _naming(f"checkpoint {key[1]} of thread {thread_id!r}"):
+        await target.put(_config(thread_id, key[0], parent[1] if parent else ""), found, new)
+        for position, (task_id, writes) in enumerate(tasks.items()):
+            # Apart: what is special replaces what was, at its own index, and the rest has others.
+            special = [write for write in writes if write[0] in WRITES_IDX_MAP]
+            plain = [write for write in writes if write[0] not in WRITES_IDX_MAP]
+            for some in filter(None, (plain, special)):
+                await target.put_writes(config, some, task_id, f"{position:06d}")
 
 
-async def _has(
-    target: _Saver, config: RunnableConfig, wanted: bytes, serde: SerializerProtocol
-) -> bool:
-    found = await target.get(config)
-    return found is not None and _digest(_content(found, _parent(found)), serde) == wanted
+async def _verify(source: _Saver, target: _Saver, thread_id: str, thread: _Thread) -> None:
+    stored = await _read_thread(target, thread_id)
+    for key, wanted in thread.items():
+        if _is_same(wanted, stored.get(key)):
+            continue
+        # Sets within an object have no order. The one that was put is not asked, for the
+        # target may have changed it.
+        config = _config(thread_id, *key)
+        pair = await source.get(config), await target.get(config)
+        if key not in stored or stored[key].parent != wanted.parent or not _are_equal(*pair):
+            raise MigrationError(
+                f"checkpoint {key[1]} of thread {thread_id!r} does not come back from the target as"
+                " the source has it. What was copied stays; the source was not changed. Perhaps the"
+                " target does not know a type (serde=), had runs of it deleted, or has a thread of"
+                " another history under this id; or the source has one version for two values, as"
+                " savers that count versions may after a fork: no other saver can hold those."
+            )
 
 
-async def _are_equal(
-    source: _Saver, target: _Saver, config: RunnableConfig, parent: _Key | None
-) -> bool:
-    # The one that was put is not asked: a target may have changed it.
-    wanted, found = await source.get(config), await target.get(config)
-    if wanted is None or found is None:
+def _is_same(wanted: _One, found: _One | None) -> bool:
+    return found is not None and found.digest == wanted.digest and found.parent == wanted.parent
+
+
+def _are_equal(one: CheckpointTuple | None, other: CheckpointTuple | None) -> bool:
+    if one is None or other is None:
         return False
-    return _content(wanted, parent) == _content(found, _parent(found))
+    try:
+        return bool(_content(one) == _content(other))
+    except Exception:  # noqa: BLE001 - arrays, for example, are not simply equal
+        return False
 
 
-def _gone(thread_id: str, key: _Key) -> str:
-    return (
-        f"checkpoint {key[1]} of thread {thread_id!r} was deleted from the source while it was"
-        " copied. What was copied stays; copy again once nothing changes the source."
-    )
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say what the target refused."""
+    try:
+        yield
+    except Exception as error:
+        raise MigrationError(
+            f"the target did not take {what} ({type(error).__name__}). What was copied before it"
+            " stays; the source was not changed. Mend the cause, and copy again."
+        ) from error
 
 
 def _key(config: RunnableConfig) -> _Key:
     found = config["configurable"]
     return found.get("checkpoint_ns", ""), found["checkpoint_id"]
-
-
-def _parent(found: CheckpointTuple) -> _Key | None:
-    return _key(found.parent_config) if found.parent_config is not None else None
 
 
 def _config(thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> RunnableConfig:
@@ -351,16 +397,11 @@ def _config(thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> RunnableC
 
 async def _copy_items(source: _Store, target: _Store, report: Report) -> Progress:
     progress = Progress()
-    serde = JsonPlusSerializer()
     async for namespace in _namespaces(source):
         for item in await _items(source, namespace):
-            progress.copied += await _copy_item(target, item, serde)
+            progress.copied += await _copy_item(target, item)
             progress.done += 1
             report(progress)
-    return _done(progress, report)
-
-
-def _done(progress: Progress, report: Report) -> Progress:
     progress.total, progress.is_done = progress.done, True
     report(progress)
     return progress
@@ -400,12 +441,14 @@ async def _items(source: _Store, namespace: tuple[str, ...]) -> list[Item]:
         size *= 8
 
 
-async def _copy_item(target: _Store, item: Item, serde: SerializerProtocol) -> bool:
-    wanted = _digest(item.value, serde)
-    if await _has_item(target, item, wanted, serde):
+async def _copy_item(target: _Store, item: Item) -> bool:
+    """Copy an item unless the target has it; return whether it had to be copied."""
+    wanted = _digest(item.value)
+    if await _has_item(target, item, wanted):
         return False
-    await target.batch([PutOp(item.namespace, item.key, item.value)])
-    if not await _has_item(target, item, wanted, serde):
+    with _naming(f"item {item.key!r} of namespace {item.namespace!r}"):
+        await target.batch([PutOp(item.namespace, item.key, item.value)])
+    if not await _has_item(target, item, wanted):
         raise MigrationError(
             f"item {item.key!r} of namespace {item.namespace!r} does not come back from the target"
             " as the source has it. What was copied before it stays; the source was not changed."
@@ -413,35 +456,39 @@ async def _copy_item(target: _Store, item: Item, serde: SerializerProtocol) -> b
     return True
 
 
-async def _has_item(target: _Store, item: Item, wanted: bytes, serde: SerializerProtocol) -> bool:
+async def _has_item(target: _Store, item: Item, wanted: bytes) -> bool:
     (found,) = await target.batch([GetOp(item.namespace, item.key, refresh_ttl=False)])
-    return found is not None and _digest(found.value, serde) == wanted
+    return found is not None and _digest(found.value) == wanted
 
 
 # --- comparison --------------------------------------------------------------
 
 
-def _content(found: CheckpointTuple, parent: _Key | None) -> list[Any]:
+# Of our own: a source's may encrypt, and never give the same bytes twice.
+_SERDE = JsonPlusSerializer(pickle_fallback=True)
+
+
+def _content(found: CheckpointTuple) -> list[Any]:
     """Return all of a checkpoint that must be the same, in one order for every saver."""
     # Of one task the order is kept, but for special channels, which savers put anywhere.
     writes = sorted(found.pending_writes or [], key=lambda w: (w[0], WRITES_IDX_MAP.get(w[1], 0)))
-    return [found.checkpoint, found.metadata, parent, [tuple(write) for write in writes]]
+    return [found.checkpoint, found.metadata, [tuple(write) for write in writes]]
 
 
-def _digest(value: Any, serde: SerializerProtocol) -> bytes:
+def _digest(value: Any) -> bytes:
     """
     Return a SHA-256 of a value.
 
     The order of a dict's keys is nothing, which JSONB changes, nor that of a set.
     """
     if type(value) is dict:
-        pairs = (_digest(key, serde) + _digest(part, serde) for key, part in value.items())
+        pairs = (_digest(key) + _digest(part) for key, part in value.items())
         return hashlib.sha256(b"dict" + b"".join(sorted(pairs))).digest()
     if type(value) in (list, tuple):
-        parts = (_digest(part, serde) for part in value)
+        parts = (_digest(part) for part in value)
         return hashlib.sha256(type(value).__name__.encode() + b"".join(parts)).digest()
     if isinstance(value, set | frozenset):
-        members = sorted(_digest(part, serde) for part in value)
+        members = sorted(_digest(part) for part in value)
         return hashlib.sha256(type(value).__name__.encode() + b"".join(members)).digest()
-    type_, data = serde.dumps_typed(value)
+    type_, data = _SERDE.dumps_typed(value)
     return hashlib.sha256(type_.encode() + b":" + data).digest()

@@ -152,8 +152,8 @@ MUTATIONS = [
     Mutation(
         "what was copied to another saver is compared with its source",
         "migrate.py",
-        "        await _has(target, config, wanted, serde)\n        or ",
-        "        True or ",
+        "        await _verify(source, target, thread_id, thread)\n",
+        "",
         "test_migrate.py::test_what_does_not_come_back_equal_is_told",
     ),
     Mutation(

@@ -1,5 +1,6 @@
 """Copies between savers, and between stores, of every kind."""
 
+import copy
 import operator
 import random
 from collections.abc import Iterator
@@ -8,17 +9,28 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Annotated, Any, TypedDict
 
+import numpy as np
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
-from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.base import WRITES_IDX_MAP, empty_checkpoint
+from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.postgres import PostgresSaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.store.base import GetOp, PutOp, SearchOp
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import Command, Send, interrupt
 
-from langgraph_vat import HybridSaver, Keyring, MigrationError, SemanticStore
+from langgraph_vat import (
+    ConflictError,
+    EncryptedSerializer,
+    HybridSaver,
+    InvalidInputError,
+    Keyring,
+    MigrationError,
+    SemanticStore,
+)
 from langgraph_vat.migrate import (
     Progress,
     acopy_checkpoints,
@@ -78,7 +90,7 @@ def shown(saver: Any) -> list[Any]:
                 one.checkpoint,
                 one.metadata,
                 one.parent_config,
-                sorted(one.pending_writes, key=lambda w: (w[0], w[1].startswith("__"))),
+                sorted(one.pending_writes, key=lambda w: (w[0], WRITES_IDX_MAP.get(w[1], 0))),
             ]
             for one in saver.list(None)
         ),
@@ -226,6 +238,146 @@ def test_a_source_that_shrinks_is_told(make):
     fill(source)
     with pytest.raises(MigrationError, match="deleted from the source"):
         copy_checkpoints(source, InMemorySaver(), report=lambda _: source.storage["t0"].clear())
+    with pytest.raises(MigrationError, match="deleted meanwhile"):
+        copy_checkpoints(source, InMemorySaver(), report=lambda _: source.storage["t2"].clear())
+
+
+class Whole(InMemorySaver):
+    """Counts versions, and stores checkpoints whole: after a fork two values have one version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole: dict[str, Any] = {}
+
+    def get_next_version(self, current: Any, channel: None) -> Any:
+        return (current or 0) + 1
+
+    def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
+        self.whole[checkpoint["id"]] = copy.deepcopy(checkpoint["channel_values"])
+        return super().put(config, checkpoint, metadata, new_versions)
+
+    def get_tuple(self, config: Any) -> Any:
+        return self._whole(super().get_tuple(config))
+
+    def list(self, config: Any, **conditions: Any) -> Any:
+        return map(self._whole, super().list(config, **conditions))
+
+    def _whole(self, found: Any) -> Any:
+        if found is not None:
+            found.checkpoint["channel_values"] = self.whole[found.checkpoint["id"]]
+        return found
+
+
+def test_versions_that_two_branches_share_are_not_mixed_up_silently(make):
+    source, config = Whole(), {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+    first = None
+    for value in ("first", "branch one", "branch two"):
+        checkpoint: Any = {
+            **empty_checkpoint(),
+            "id": str(uuid6()),
+            "channel_values": {"a": [value]},
+        }
+        checkpoint["channel_versions"] = {"a": 1 if first is None else 2}
+        put = source.put(first or config, checkpoint, {}, checkpoint["channel_versions"])
+        first = first or put
+    for kind in KINDS:
+        with pytest.raises(MigrationError, match="one version for two values"):
+            copy_checkpoints(source, make(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_and_errors_that_came_since_are_taken_over(make, kind):
+    def ask(state: State) -> Any:
+        if interrupt("first?") == "fail":
+            raise ValueError
+        return {"log": [interrupt("second?")]}
+
+    source, target = InMemorySaver(), make(kind)
+    builder = StateGraph(State)
+    builder.add_node("ask", ask)
+    builder.add_node("beside", lambda _: {"log": ["beside"]})
+    builder.add_edge(START, "ask")
+    builder.add_edge(START, "beside")
+    app = builder.compile(checkpointer=source)
+    for thread in ("t", "u"):
+        app.invoke({"messages": [], "log": [], "ids": set()}, at(thread))
+        copy_checkpoints(source, target)
+    app.invoke(Command(resume="one"), at("t"))
+    with pytest.raises(ValueError):
+        app.invoke(Command(resume="fail"), at("u"))
+    assert copy_checkpoints(source, target).copied == 2
+    app.invoke(Command(resume="two"), at("t"))
+    copy_checkpoints(source, target)
+    assert copy_checkpoints(source, target).copied == 0
+    assert shown(target) == shown(source)
+
+
+def at(thread: str) -> Any:
+    return {"configurable": {"thread_id": thread}}
+
+
+def test_what_the_target_will_not_keep_is_told(make):
+    source, target = make("memory"), make("hybrid")
+    fill(source, 1)
+    newest = source.get_tuple(at("t0"))
+    versions = newest.checkpoint["channel_versions"]
+    metadata = {**newest.metadata, "run_id": "gone"}
+    source.put(newest.parent_config, newest.checkpoint, metadata, versions)
+    target.delete_for_runs(["gone"])
+    with pytest.raises(MigrationError, match="had runs of it deleted"):
+        copy_checkpoints(source, target)
+
+
+def test_an_encrypting_source_is_compared_by_what_it_holds(make):
+    source = InMemorySaver(serde=EncryptedSerializer(Keyring.generate()))
+    fill(source)
+    target = make("sealed")
+    assert copy_checkpoints(source, target).copied > 0
+    assert copy_checkpoints(source, target).copied == 0
+
+
+def test_values_that_are_not_simply_equal_are_copied(make):
+    source, target = InMemorySaver(serde=JsonPlusSerializer(pickle_fallback=True)), make("hybrid")
+    config: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+    values = {"array": np.arange(3), "nan": float("nan")}
+    checkpoint: Any = {**empty_checkpoint(), "channel_values": values}
+    checkpoint["channel_versions"] = {"array": "1", "nan": "1"}
+    source.put(config, checkpoint, {}, checkpoint["channel_versions"])
+    assert [copy_checkpoints(source, target).copied for _ in range(2)] == [1, 0]
+
+
+def test_a_source_that_hides_namespaces_is_told(make):
+    class Hiding(InMemorySaver):
+        def list(self, config: Any, **conditions: Any) -> Any:
+            for one in super().list(config, **conditions):
+                if config is None or one.config["configurable"]["checkpoint_ns"] == "":
+                    yield one
+
+    source = Hiding()
+    fill(source)
+    with pytest.raises(MigrationError, match="leaves out namespaces"):
+        copy_checkpoints(source, make("hybrid"))
+
+
+def test_threads_that_are_not_there_are_told(make):
+    source, target = make("memory"), make("hybrid")
+    with pytest.raises(MigrationError, match="never was"):
+        copy_checkpoints(source, target, thread_ids=["nowhere"])
+    with pytest.raises(InvalidInputError, match="list of ids"):
+        copy_checkpoints(source, target, thread_ids="t0")
+
+
+def test_what_the_target_refuses_is_named(postgres_url):
+    source = InMemorySaver()
+    fill(source)
+    with (
+        HybridSaver.from_conn_string(postgres_url, on_conflict="raise") as target,
+        pytest.raises(
+            MigrationError, match=r"did not take checkpoint .*\(ConflictError\)"
+        ) as caught,
+    ):
+        copy_checkpoints(source, target)
+    assert isinstance(caught.value.__cause__, ConflictError)
 
 
 ITEMS = [
