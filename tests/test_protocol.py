@@ -290,6 +290,19 @@ def test_a_child_waits_for_a_parent_that_only_its_writer_still_has(
     assert is_whole(process())
 
 
+def test_a_process_that_comes_new_waits_for_a_parent_that_only_its_writer_still_has(
+    process, client
+):
+    writer, other = process(), process()
+    config = put(writer, None, 1)
+    client.flushall()
+    flusher = threading.Timer(0.5, writer.flush)
+    flusher.start()
+    put(other, config, 2)
+    flusher.join()
+    assert values(other) == [2, 1]
+
+
 @pytest.mark.parametrize("is_delta", [True, False])
 def test_what_two_failures_lost_blocks_nothing_for_ever(
     process, client, postgres_url, is_delta, monkeypatch

@@ -472,8 +472,9 @@ async def _known_to_put(shared: Shared, backend: Backend, new: Put) -> Known:
     if known is not None:
         return known
     known = await find(shared, backend, new.thread_id, create=not new.parent_id)
-    if known is None or (new.parent_id and not await _has_parent(shared, backend, new)):
+    if known is None:
         raise _deleted(shared, new.thread_id)
+    await _require_parent(shared, backend, new)
     return known
 
 
