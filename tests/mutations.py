@@ -185,6 +185,13 @@ MUTATIONS = [
         "test_compatibility.py::test_what_old_checkpoints_sent_is_opened_where_it_is_sealed",
     ),
     Mutation(
+        "no more than flush_every - 1 super-steps wait, whoever else flushes",
+        "_hot/scripts/trim.lua",
+        "then steps = steps + found end",
+        "then steps = steps + 1 end",
+        "test_protocol.py::test_a_flush_that_comes_late_does_not_put_off_the_next",
+    ),
+    Mutation(
         "a Redis that restarted or failed over is noticed",
         "_ops/tiers.py",
         "(found is None or runs != hot_runs)",

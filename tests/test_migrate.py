@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Annotated, Any, TypedDict
 
-import numpy as np
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.base import WRITES_IDX_MAP, empty_checkpoint
@@ -336,14 +335,30 @@ def test_an_encrypting_source_is_compared_by_what_it_holds(make):
     assert copy_checkpoints(source, target).copied == 0
 
 
-def test_values_that_are_not_simply_equal_are_copied(make):
-    source, target = InMemorySaver(serde=JsonPlusSerializer(pickle_fallback=True)), make("hybrid")
+class Array:
+    """Is not simply equal to anything."""
+
+    def __init__(self) -> None:
+        self.numbers = [1, 2, 3]
+
+    def __eq__(self, other: object) -> Any:
+        raise ValueError("the truth value of an array is ambiguous")
+
+    __hash__ = None
+
+
+def test_values_that_are_not_simply_equal_are_copied(postgres_url):
+    serde = JsonPlusSerializer(pickle_fallback=True)
+    source = InMemorySaver(serde=serde)
+    target = HybridSaver.from_conn_string(postgres_url, serde=serde)
+    target.setup()
     config: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
-    values = {"array": np.arange(3), "nan": float("nan")}
+    values = {"array": Array(), "nan": float("nan")}
     checkpoint: Any = {**empty_checkpoint(), "channel_values": values}
     checkpoint["channel_versions"] = {"array": "1", "nan": "1"}
     source.put(config, checkpoint, {}, checkpoint["channel_versions"])
     assert [copy_checkpoints(source, target).copied for _ in range(2)] == [1, 0]
+    target.close()
 
 
 def test_a_source_that_hides_namespaces_is_told(make):

@@ -987,3 +987,24 @@ def test_what_a_thread_begins_with_is_not_taken_for_what_a_deleted_one_left(
     kill(saver)  # either may be lost, and Redis is not
     kill(other)
     assert values(process()) == [2]
+
+
+def test_a_flush_that_comes_late_does_not_put_off_the_next(process, postgres_url):
+    saver = process(flush_every=4)
+    backend, config, trims = saver._life.connections.blocking(), None, []
+
+    async def script(name: Any, keys: Any, args: Any) -> Any:
+        if name is scripts.TRIM:  # another flush brought the same entries a moment before
+            trims.append(args)
+            await backend.hot.script(name, keys, args)
+            put(saver, put(saver, config, 5), 6)
+        return await backend.hot.script(name, keys, args)
+
+    for step in range(1, 4):
+        config = put(saver, config, step)
+    hot = SimpleNamespace(script=script, read_each=backend.hot.read_each)
+    drive(flush(saver._shared, SimpleNamespace(durable=backend.durable, hot=hot), ["t"]))
+    assert len(trims) == 1
+    config = saver.get_tuple(at()).config
+    put(saver, put(saver, config, 7), 8)
+    assert rows(postgres_url) == 3 + 4

@@ -526,9 +526,10 @@ async def _trim(shared: Shared, backend: Backend, hot: Hot, batch: _Batch) -> No
             heads = [keys.head(thread_id, ns) for ns in sorted(past)]
             await hot.script(scripts.VOID, [meta, *heads], [])
         if done or not batch.journal:  # one that was evicted leaves its thread's name
-            steps = sum(isinstance(entry, PutEntry) for _, entry in done)
-            ids = (entry_id for entry_id, _ in done)
-            args: list[Arg] = [thread_id, steps, shared.settings.head_ttl_s, *ids]
+            steps = [entry_id for entry_id, entry in done if isinstance(entry, PutEntry)]
+            others = [entry_id for entry_id, entry in done if not isinstance(entry, PutEntry)]
+            ttl = shared.settings.head_ttl_s
+            args: list[Arg] = [thread_id, ttl, len(steps), *steps, *others]
             await hot.script(scripts.TRIM, [meta, journal, keys.dirty(thread_id)], args)
     except HotTierError:
         if past:
