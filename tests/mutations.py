@@ -222,8 +222,8 @@ MUTATIONS = [
     Mutation(
         "a child is never stored before its parent",
         "_ops/flush.py",
-        "        or (not may_be_orphans and _is_orphan(thread_id, entry, checks, here))\n",
-        "",
+        "_is_orphan(thread_id, entry, checks, here))\n",
+        "False)\n",
         "test_protocol.py::test_a_child_waits_for_a_parent_that_only_its_writer_still_has",
     ),
     Mutation(
