@@ -140,7 +140,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
 
     def ddl(self) -> str:
         """
-        Return the SQL that `setup` runs, for whoever may change the schema, or for Alembic.
+        Return the SQL that `setup` runs, for whoever may change the schema.
 
         It is run in one transaction (``psql -1``), on a new database or an older one,
         and may be run again. `setup` then finds nothing to do: the role that runs the

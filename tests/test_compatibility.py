@@ -147,7 +147,7 @@ def test_what_old_checkpoints_sent_is_opened_where_it_is_sealed(postgres_url, re
 
 
 @pytest.mark.parametrize("is_hot", [False, True])
-def test_what_old_checkpoints_sent_is_not_lost_is_not_lost(postgres_url, redis_url, is_hot):
+def test_what_old_checkpoints_sent_is_not_lost(postgres_url, redis_url, is_hot):
     sends = [Send("worker", {"n": 1}), Send("worker", HumanMessage("two", id="2"))]
     with PostgresSaver.from_conn_string(postgres_url) as theirs:
         theirs.setup()
