@@ -260,6 +260,10 @@ async def _copy_checkpoints(
                 " leaves out namespaces. What was copied before stays."
             )
         await _copy_thread(source, target, thread_id, thread, progress, report)
+    return _end(progress, report)
+
+
+def _end(progress: Progress, report: Report) -> Progress:
     progress.total, progress.is_done = max(progress.total, progress.done), True
     report(progress)
     return progress
@@ -402,9 +406,7 @@ async def _copy_items(source: _Store, target: _Store, report: Report) -> Progres
             progress.copied += await _copy_item(target, item)
             progress.done += 1
             report(progress)
-    progress.total, progress.is_done = progress.done, True
-    report(progress)
-    return progress
+    return _end(progress, report)
 
 
 async def _namespaces(source: _Store) -> AsyncIterator[tuple[str, ...]]:

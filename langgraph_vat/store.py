@@ -1,6 +1,6 @@
 """LangGraph's store on Postgres and pgvector: each method pair is one operation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -108,11 +108,11 @@ class SemanticStore(Managed, BaseStore):
         """Return the SQL that `setup` runs; see `HybridSaver.ddl`."""
         return ddl(self._connections.schema, self._items.index)
 
-    def check(self) -> list[str]:
+    def check(self) -> Sequence[str]:
         """Return what the tables or the role lack; see `HybridSaver.check`."""
         return drive(check_items(self._connections.blocking(), self._items.index))
 
-    async def acheck(self) -> list[str]:
+    async def acheck(self) -> Sequence[str]:
         """Like `check`."""
         return await check_items(await self._connections.asyncio(), self._items.index)
 

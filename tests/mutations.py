@@ -166,7 +166,7 @@ MUTATIONS = [
     Mutation(
         "a thread that is begun anew while what it left is discarded loses nothing",
         "_ops/flush.py",
-        "        born.update(await _born(session, [t for t in mine if t not in fences]))\n",
+        "        born.update(await _existing(session, [t for t in mine if t not in fences]))\n",
         "",
         "test_protocol.py::test_what_a_thread_begins_with_is_not_taken_for_what_a_deleted_one_left",
     ),

@@ -73,7 +73,7 @@ class PostgresAddress:
             msg = "schema must be a plain identifier: letters, digits and underscores"
             raise ConfigurationError(msg)
         self._timeout_s = settings.timeout_s
-        self._schema = schema
+        self.schema = schema
         self._is_pooled: bool | None = None
         if not self._is_asked:
             self.parameters()
@@ -141,20 +141,15 @@ class PostgresAddress:
         self._is_pooled = told != real
 
     @property
-    def schema(self) -> str | None:
-        """The schema of the tables; None for the role's default."""
-        return self._schema
-
-    @property
     def _options(self) -> str:
         # A lock, and then what is there now: whatever the database's default is.
         isolation = r"-c default_transaction_isolation=read\ committed"
-        return isolation if self._schema is None else f"{isolation} -c search_path={self._path}"
+        return isolation if self.schema is None else f"{isolation} -c search_path={self._path}"
 
     @property
     def _path(self) -> str:
         # The extension's types usually live in public.
-        return f'"{self._schema}",public'
+        return f'"{self.schema}",public'
 
     @property
     def transaction(self) -> sql.Composed:
@@ -170,18 +165,18 @@ class PostgresAddress:
     @property
     def is_path_lost(self) -> bool:
         """Whether each statement needs a transaction, to say where the tables are."""
-        return bool(self._is_pooled) and self._schema is not None
+        return bool(self._is_pooled) and self.schema is not None
 
     @property
     def create_schema(self) -> sql.Composed:
         """A statement after which the schema is there, whoever creates it at the same time."""
-        if self._schema is None:
+        if self.schema is None:
             return sql.Composed([sql.SQL("SELECT")])
         return sql.SQL("""
 DO $$ BEGIN
     IF to_regnamespace({text}) IS NULL THEN CREATE SCHEMA {name}; END IF;
 EXCEPTION WHEN duplicate_schema OR unique_violation THEN NULL;
-END $$""").format(text=sql.Literal(f'"{self._schema}"'), name=sql.Identifier(self._schema))
+END $$""").format(text=sql.Literal(f'"{self.schema}"'), name=sql.Identifier(self.schema))
 
     def __str__(self) -> str:
         """Where it is, without credentials; nothing if one seems to have strayed into it."""

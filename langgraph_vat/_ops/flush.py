@@ -193,7 +193,9 @@ async def _flush_some(
         fences, mine = await _lock(session, thread_ids, wait=wait)
         batches = [await _read(shared, hot, thread_id) for thread_id in mine]
         born.clear()
-        born.update(await _born(session, [t for t in mine if t not in fences]))
+        # What was read since may be of the next life of one that exists now. Of the others
+        # it is of a life that ended: a fence is there before the first step is taken.
+        born.update(await _existing(session, [t for t in mine if t not in fences]))
         batches = [batch for batch in batches if batch.thread_id not in born]
         if any(batch.entries for batch in batches):
             await _write(shared, session, fences, batches)
@@ -218,19 +220,6 @@ async def _flush_some(
     return held + (
         await _flush_some(shared, backend, sorted(born), wait=True) if born and wait else 0
     )
-
-
-async def _born(session: Session, thread_ids: Sequence[str]) -> set[str]:
-    """
-    Return which threads exist that could not be locked because they did not.
-
-    What was read of them since may be of their new life. What was read of the
-    others is of one that ended: a fence is there before the first step is taken.
-    """
-    if not thread_ids:
-        return set()
-    rows = await session.fetch(sql.EXISTING_THREADS, {"threads": list(thread_ids)})
-    return {row[0] for row in rows}
 
 
 async def _noting(shared: Shared, transaction: Awaitable[T]) -> T:
@@ -267,8 +256,15 @@ async def _lock(
         return fences, thread_ids
     # Of the others, those that exist are being flushed by someone. A deleted
     # one's journal is ours to discard.
-    existing = {row[0] for row in await session.fetch(sql.EXISTING_THREADS, params)}
+    existing = await _existing(session, thread_ids)
     return fences, [t for t in thread_ids if t in fences or t not in existing]
+
+
+async def _existing(session: Session, thread_ids: Sequence[str]) -> set[str]:
+    if not thread_ids:
+        return set()
+    rows = await session.fetch(sql.EXISTING_THREADS, {"threads": list(thread_ids)})
+    return {row[0] for row in rows}
 
 
 async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
