@@ -323,6 +323,19 @@ def test_loops_that_were_closed_carelessly_leave_nothing_behind(postgres_url, re
     gc.collect()
 
 
+async def test_a_call_under_way_while_it_is_closed_leaves_no_connection(postgres_url, redis_url):
+    saver = HybridSaver.from_conn_string(postgres_url, redis=redis_url)
+    await saver.asetup()
+    hot = (await saver._life.asyncio()).hot
+    async with redis.asyncio.Redis.from_url(redis_url) as admin:
+        others = {one["id"] for one in await admin.client_list()}
+        waiting = asyncio.ensure_future(hot.read_each("BLPOP", [b"nothing"], 1))
+        await asyncio.sleep(0.2)
+        await saver.aclose()
+        assert await waiting == [None]
+        assert {one["id"] for one in await admin.client_list()} < others
+
+
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 def test_another_default_isolation_changes_nothing(postgres_url, redis_url, level):
     with psycopg.connect(postgres_url, autocommit=True) as connection:

@@ -1,7 +1,8 @@
 """The backend verbs over asyncio clients, which belong to one event loop."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import psycopg
@@ -9,6 +10,7 @@ import redis
 import redis.asyncio
 from langchain_core.embeddings import Embeddings
 
+from langgraph_vat._io.addresses import all_clients
 from langgraph_vat._io.mapping import (
     LOST,
     every_primary,
@@ -83,25 +85,50 @@ class AsyncioDurable:
 
 
 class AsyncioHot:
-    """Redis through an asyncio client."""
+    """
+    Redis through an asyncio client.
+
+    What is under way when it is closed may still open a connection; the last
+    of those calls closes it.
+    """
 
     def __init__(self, client: "redis.asyncio.Redis | redis.asyncio.RedisCluster") -> None:
         self._client: Any = client
+        self._under_way = 0
+        self._is_closed = False
+
+    async def close(self) -> None:
+        """Close the connections: now, or as soon as nobody uses them."""
+        self._is_closed = True
+        if not self._under_way:
+            for client in all_clients(self._client):
+                await client.aclose()
+
+    @asynccontextmanager
+    async def _using(self) -> AsyncIterator[Any]:
+        self._under_way += 1
+        try:
+            with map_redis():
+                yield self._client
+        finally:
+            self._under_way -= 1
+            if self._is_closed:
+                await self.close()
 
     async def script(self, script: Script, keys: Sequence[bytes], args: Sequence[Arg]) -> Any:
-        with map_redis():
+        async with self._using() as client:
             try:
-                return await self._client.evalsha(script.sha1, len(keys), *keys, *args)
+                return await client.evalsha(script.sha1, len(keys), *keys, *args)
             except redis.exceptions.NoScriptError:
-                return await self._client.eval(script.source, len(keys), *keys, *args)
+                return await client.eval(script.source, len(keys), *keys, *args)
 
     async def run_ids(self) -> str:
-        with map_redis():
-            return run_ids(await self._client.info("server", **every_primary(self._client)))
+        async with self._using() as client:
+            return run_ids(await client.info("server", **every_primary(client)))
 
     async def read_each(self, command: str, keys: Sequence[bytes], *args: Arg) -> list[Any]:
-        with map_redis():
-            pipeline = self._client.pipeline(transaction=False)
+        async with self._using() as client:
+            pipeline = client.pipeline(transaction=False)
             for key in keys:
                 pipeline.execute_command(command, key, *args)
             return list(await pipeline.execute())

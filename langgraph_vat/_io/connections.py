@@ -23,7 +23,6 @@ from langgraph_vat._io.addresses import (
     PostgresSource,
     RedisAddress,
     RedisSource,
-    all_clients,
 )
 from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
 from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
@@ -176,9 +175,8 @@ class Connections:
                 address.note_backend(connection.info.backend_pid, pid)
                 await connection.execute(address.create_schema)
         pool = AsyncioPool(address, settings.pool_size, settings.timeout_s)
-        client = self._redis.client(redis.asyncio) if self._redis is not None else None
-        hot = AsyncioHot(client) if client is not None else None
-        lifetime = _until_loop_ends(pool, client)
+        hot = AsyncioHot(self._redis.client(redis.asyncio)) if self._redis is not None else None
+        lifetime = _until_loop_ends(pool, hot)
         await anext(lifetime)
         return AsyncioBackend(AsyncioDurable(pool), hot), lifetime, pool
 
@@ -214,10 +212,10 @@ def closed() -> ConfigurationError:
     )
 
 
-async def _until_loop_ends(pool: AsyncioPool, client: Any) -> AsyncGenerator[None]:
+async def _until_loop_ends(pool: AsyncioPool, hot: AsyncioHot | None) -> AsyncGenerator[None]:
     try:
         yield
     finally:
         await pool.close()
-        for one in all_clients(client) if client is not None else ():
-            await one.aclose()
+        if hot is not None:
+            await hot.close()
