@@ -53,6 +53,8 @@ class Blob(NamedTuple):
     version: str
     type: str
     data: bytes | None
+    base: str = ""
+    """The version that it builds on, if Postgres keeps it as a patch."""
 
 
 class Write(NamedTuple):
@@ -64,6 +66,8 @@ class Write(NamedTuple):
     channel: str
     type: str
     data: bytes
+    base: str = ""
+    """The version of the channel that it builds on, if Postgres keeps it as a patch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,3 +133,5 @@ class Snapshot:
     writes: tuple[Write, ...]
     sends: tuple[Write, ...] = ()
     """What checkpoints before version 4 left among the writes of their parent."""
+    bases: tuple[Blob, ...] = ()
+    """What the values and writes build on that are kept as patches."""

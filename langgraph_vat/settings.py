@@ -34,6 +34,8 @@ class Settings:
             LangGraph's savers do; ``raise`` refuses it with `ConflictError`,
             so that two runs on one thread cannot both go on. Resuming from
             an older checkpoint is refused then, too.
+        storage: ``compact`` compresses values, and keeps what grows or changes a
+            little as patches; ``compatible`` stores what PostgresSaver can read.
         max_head_bytes: A state larger than this is not kept hot.
         pool_size: Most Postgres connections of a process, for blocking callers
             together and for each event loop.
@@ -50,6 +52,7 @@ class Settings:
     max_backlog: int = 1_000
     max_backlog_bytes: int = 256 * 2**20
     on_conflict: str = "fork"
+    storage: str = "compact"
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
     timeout_s: float = 10.0
@@ -68,6 +71,9 @@ class Settings:
         _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
         _require(self.max_backlog_bytes >= 1, "max_backlog_bytes must be at least 1 byte")
         _require(self.on_conflict in ("fork", "raise"), "on_conflict must be 'fork' or 'raise'")
+        _require(
+            self.storage in ("compact", "compatible"), "storage must be 'compact' or 'compatible'"
+        )
         _require(0 < self.flush_after <= _YEAR_S, "flush_after must be 0 seconds to a year")
         _require(1 <= self.head_ttl_s <= 10 * _YEAR_S, "head_ttl_s must be 1 second to 10 years")
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")

@@ -20,7 +20,7 @@ STEPS = 200
 
 @pytest.fixture(params=["theirs first", "ours first"])
 def savers(request, postgres_url):
-    ours = HybridSaver.from_conn_string(postgres_url)
+    ours = HybridSaver.from_conn_string(postgres_url, storage="compatible")
     with PostgresSaver.from_conn_string(postgres_url) as theirs:
         for saver in (theirs, ours) if request.param == "theirs first" else (ours, theirs):
             saver.setup()

@@ -115,11 +115,18 @@ FROM vat_deleted_runs r WHERE r.run_id = ANY(%(runs)s)
 # A version's value never changes, so a conflict is the same entry come again;
 # a caller that did reuse a version gets what it put last, as InMemorySaver does.
 INSERT_BLOBS: LiteralString = """
-INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
-SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
-                     %(versions)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob,
+                              vat_step, vat_bases)
+SELECT thread_id, checkpoint_ns, channel, version, type, blob, step,
+       (SELECT array_agg(v ORDER BY n)
+        FROM jsonb_array_elements_text(bases::jsonb) WITH ORDINALITY AS b (v, n))
+FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
+            %(versions)s::text[], %(types)s::text[], %(blobs)s::bytea[], %(steps)s::int[],
+            %(bases)s::text[])
+    AS e (thread_id, checkpoint_ns, channel, version, type, blob, step, bases)
 ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO UPDATE
-SET type = excluded.type, blob = excluded.blob
+SET type = excluded.type, blob = excluded.blob,
+    vat_step = excluded.vat_step, vat_bases = excluded.vat_bases
 WHERE checkpoint_blobs.blob IS DISTINCT FROM excluded.blob
 """
 
@@ -145,10 +152,15 @@ SET parent_checkpoint_id = excluded.parent_checkpoint_id, checkpoint = excluded.
 
 INSERT_FIRST_WRITES: LiteralString = """
 INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
-                               task_path, channel, type, blob)
-SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[],
-                     %(tasks)s::text[], %(idxs)s::int[], %(paths)s::text[],
-                     %(channels)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+                               task_path, channel, type, blob, vat_bases)
+SELECT thread_id, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob,
+       (SELECT array_agg(v ORDER BY n)
+        FROM jsonb_array_elements_text(bases::jsonb) WITH ORDINALITY AS b (v, n))
+FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[], %(tasks)s::text[],
+            %(idxs)s::int[], %(paths)s::text[], %(channels)s::text[], %(types)s::text[],
+            %(blobs)s::bytea[], %(bases)s::text[])
+    AS e (thread_id, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob,
+          bases)
 ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO NOTHING
 """
 
@@ -156,14 +168,86 @@ ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO NOTHING
 # failed may be flushed after later writes went past Redis.
 INSERT_LAST_WRITES: LiteralString = """
 INSERT INTO checkpoint_writes AS w (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
-                                    task_path, channel, type, blob, vat_epoch)
-SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[],
-                     %(tasks)s::text[], %(idxs)s::int[], %(paths)s::text[], %(channels)s::text[],
-                     %(types)s::text[], %(blobs)s::bytea[], %(epochs)s::bigint[])
+                                    task_path, channel, type, blob, vat_bases, vat_epoch)
+SELECT thread_id, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob,
+       (SELECT array_agg(v ORDER BY n)
+        FROM jsonb_array_elements_text(bases::jsonb) WITH ORDINALITY AS b (v, n)), epoch
+FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[], %(tasks)s::text[],
+            %(idxs)s::int[], %(paths)s::text[], %(channels)s::text[], %(types)s::text[],
+            %(blobs)s::bytea[], %(bases)s::text[], %(epochs)s::bigint[])
+    AS e (thread_id, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob,
+          bases, epoch)
 ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx) DO UPDATE
 SET task_path = excluded.task_path, channel = excluded.channel,
-    type = excluded.type, blob = excluded.blob, vat_epoch = excluded.vat_epoch
+    type = excluded.type, blob = excluded.blob, vat_bases = excluded.vat_bases,
+    vat_epoch = excluded.vat_epoch
 WHERE w.vat_epoch IS NULL OR w.vat_epoch <= excluded.vat_epoch
+"""
+
+# Of each channel the newest version that has a value, and those versions of the
+# batch that are stored already.
+SELECT_LINES: LiteralString = """
+SELECT 'newest', n.thread_id, n.checkpoint_ns, n.channel, b.version, coalesce(b.vat_step, 0),
+    coalesce(b.vat_bases, '{}')
+FROM (
+    SELECT DISTINCT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[])
+) AS n (thread_id, checkpoint_ns, channel)
+CROSS JOIN LATERAL (
+    SELECT version, vat_step, vat_bases FROM checkpoint_blobs b
+    WHERE b.thread_id = n.thread_id AND b.checkpoint_ns = n.checkpoint_ns
+    AND b.channel = n.channel AND b.blob IS NOT NULL ORDER BY b.version DESC LIMIT 1
+) AS b
+UNION ALL
+SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, 0,
+    coalesce(b.vat_bases, '{}')
+FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
+            %(versions)s::text[]) AS n (thread_id, checkpoint_ns, channel, version)
+JOIN checkpoint_blobs b USING (thread_id, checkpoint_ns, channel, version)
+"""
+
+SELECT_BLOBS: LiteralString = """
+SELECT b.thread_id, b.checkpoint_ns, b.channel, b.version, b.type, b.blob,
+    coalesce(b.vat_bases[cardinality(b.vat_bases)], '')
+FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
+            %(versions)s::text[]) AS n (thread_id, checkpoint_ns, channel, version)
+JOIN checkpoint_blobs b USING (thread_id, checkpoint_ns, channel, version)
+"""
+
+# What builds on a version, and all that it builds on.
+SELECT_BUILT_ON: LiteralString = """
+WITH blobs AS (
+    SELECT * FROM checkpoint_blobs WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s
+    AND channel = %(channel)s
+), writes AS (
+    SELECT * FROM checkpoint_writes WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s
+    AND channel = %(channel)s AND %(version)s = ANY(vat_bases)
+), built AS (
+    SELECT * FROM blobs WHERE %(version)s = ANY(vat_bases)
+)
+SELECT 'blob', '', '', 0, version, type, blob, vat_bases[cardinality(vat_bases)] FROM built
+UNION ALL
+SELECT 'write', checkpoint_id, task_id, idx, '', type, blob, vat_bases[cardinality(vat_bases)]
+FROM writes
+UNION ALL
+SELECT 'base', '', '', 0, version, type, blob, coalesce(vat_bases[cardinality(vat_bases)], '')
+FROM blobs WHERE version IN (
+    SELECT unnest(vat_bases) FROM built UNION SELECT unnest(vat_bases) FROM writes
+)
+"""
+
+MAKE_BLOBS_WHOLE: LiteralString = """
+UPDATE checkpoint_blobs b SET type = n.type, blob = n.blob, vat_step = 0, vat_bases = NULL
+FROM unnest(%(versions)s::text[], %(types)s::text[], %(blobs)s::bytea[]) AS n (version, type, blob)
+WHERE b.thread_id = %(thread)s AND b.checkpoint_ns = %(namespace)s
+AND b.channel = %(channel)s AND b.version = n.version
+"""
+
+MAKE_WRITES_WHOLE: LiteralString = """
+UPDATE checkpoint_writes w SET type = n.type, blob = n.blob, vat_bases = NULL
+FROM unnest(%(ids)s::text[], %(tasks)s::text[], %(idxs)s::int[], %(types)s::text[],
+            %(blobs)s::bytea[]) AS n (checkpoint_id, task_id, idx, type, blob)
+WHERE w.thread_id = %(thread)s AND w.checkpoint_ns = %(namespace)s
+AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.idx
 """
 
 # --- read ----------------------------------------------------------------
@@ -173,7 +257,8 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
     c.checkpoint, c.metadata, coalesce(c.vat_type, ''), coalesce(c.vat_exact, ''),
     ARRAY(
         SELECT ARRAY[convert_to(b.channel, 'UTF8'), convert_to(b.version, 'UTF8'),
-                     convert_to(b.type, 'UTF8'), b.blob]
+                     convert_to(b.type, 'UTF8'), b.blob,
+                     convert_to(coalesce(b.vat_bases[cardinality(b.vat_bases)], ''), 'UTF8')]
         FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
         JOIN checkpoint_blobs b
             ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
@@ -182,7 +267,8 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
     ARRAY(
         SELECT ARRAY[convert_to(w.task_id, 'UTF8'), convert_to(w.idx::text, 'UTF8'),
                      convert_to(w.task_path, 'UTF8'), convert_to(w.channel, 'UTF8'),
-                     convert_to(w.type, 'UTF8'), w.blob]
+                     convert_to(w.type, 'UTF8'), w.blob,
+                     convert_to(coalesce(w.vat_bases[cardinality(w.vat_bases)], ''), 'UTF8')]
         FROM checkpoint_writes w
         WHERE w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
         AND w.checkpoint_id = c.checkpoint_id
@@ -196,6 +282,25 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
         AND w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
         AND w.checkpoint_id = c.parent_checkpoint_id AND w.channel = '__pregel_tasks'
         ORDER BY w.task_path, w.task_id, w.idx
+    ),
+    ARRAY(
+        SELECT ARRAY[convert_to(b.channel, 'UTF8'), convert_to(b.version, 'UTF8'),
+                     convert_to(b.type, 'UTF8'), b.blob,
+                     convert_to(coalesce(b.vat_bases[cardinality(b.vat_bases)], ''), 'UTF8')]
+        FROM (
+            SELECT b.channel, unnest(b.vat_bases) AS version
+            FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
+            JOIN checkpoint_blobs b
+                ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+                AND b.channel = v.key AND b.version = v.value
+            UNION
+            SELECT w.channel, unnest(w.vat_bases) FROM checkpoint_writes w
+            WHERE w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
+            AND w.checkpoint_id = c.checkpoint_id
+        ) AS n
+        JOIN checkpoint_blobs b
+            ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+            AND b.channel = n.channel AND b.version = n.version
     )
 FROM checkpoints c
 """
@@ -210,8 +315,19 @@ ORDER BY c.checkpoint_id DESC LIMIT 1
 
 # Writes that came before their checkpoint: of ids beyond the newest one.
 SELECT_EARLY_WRITES: LiteralString = """
-SELECT checkpoint_id, task_id, idx, task_path, channel, type, blob FROM checkpoint_writes
-WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s AND checkpoint_id > %(checkpoint)s
+SELECT w.checkpoint_id, w.task_id, w.idx, w.task_path, w.channel, w.type, w.blob,
+    coalesce(w.vat_bases[cardinality(w.vat_bases)], ''),
+    ARRAY(
+        SELECT ARRAY[convert_to(b.channel, 'UTF8'), convert_to(b.version, 'UTF8'),
+                     convert_to(b.type, 'UTF8'), b.blob,
+                     convert_to(coalesce(b.vat_bases[cardinality(b.vat_bases)], ''), 'UTF8')]
+        FROM checkpoint_blobs b
+        WHERE b.thread_id = w.thread_id AND b.checkpoint_ns = w.checkpoint_ns
+        AND b.channel = w.channel AND b.version = ANY(w.vat_bases)
+    )
+FROM checkpoint_writes w
+WHERE w.thread_id = %(thread)s AND w.checkpoint_ns = %(namespace)s
+AND w.checkpoint_id > %(checkpoint)s
 """
 
 SELECT_ONE: LiteralString = (
@@ -282,21 +398,39 @@ SELECT_DELTA_HISTORY: LiteralString = (
     _CHAIN
     + """
 SELECT 'write', c.depth, c.checkpoint_id, w.channel, w.task_path, w.task_id, w.idx,
-       w.type, w.blob, NULL::jsonb
+       w.type, w.blob, NULL::jsonb, coalesce(w.vat_bases[cardinality(w.vat_bases)], '')
 FROM chain c
 JOIN checkpoint_writes w ON w.thread_id = %(thread)s AND w.checkpoint_ns = c.checkpoint_ns
     AND w.checkpoint_id = c.checkpoint_id AND w.channel = ANY(c.channels)
 UNION ALL
-SELECT 'blob', c.depth, b.version, b.channel, '', '', 0, b.type, b.blob, NULL
+SELECT 'blob', c.depth, b.version, b.channel, '', '', 0, b.type, b.blob, NULL,
+       coalesce(b.vat_bases[cardinality(b.vat_bases)], '')
 FROM chain c
 JOIN checkpoint_blobs b ON b.thread_id = %(thread)s AND b.checkpoint_ns = c.checkpoint_ns
     AND b.channel = ANY(c.channels) AND b.type <> 'empty'
     AND b.version = c.checkpoint -> 'channel_versions' ->> b.channel
 UNION ALL
-SELECT 'inline', c.depth, '', v.key, '', '', 0, '', NULL, v.value
+SELECT 'inline', c.depth, '', v.key, '', '', 0, '', NULL, v.value, ''
 FROM chain c
 CROSS JOIN LATERAL jsonb_each(coalesce(c.checkpoint -> 'channel_values', '{}')) AS v
 WHERE v.key = ANY(c.channels)
+UNION ALL
+SELECT 'base', 0, b.version, b.channel, '', '', 0, b.type, b.blob, NULL,
+       coalesce(b.vat_bases[cardinality(b.vat_bases)], '')
+FROM (
+    SELECT c.checkpoint_ns, w.channel, unnest(w.vat_bases) AS version
+    FROM chain c
+    JOIN checkpoint_writes w ON w.thread_id = %(thread)s AND w.checkpoint_ns = c.checkpoint_ns
+        AND w.checkpoint_id = c.checkpoint_id AND w.channel = ANY(c.channels)
+    UNION
+    SELECT c.checkpoint_ns, b.channel, unnest(b.vat_bases)
+    FROM chain c
+    JOIN checkpoint_blobs b ON b.thread_id = %(thread)s AND b.checkpoint_ns = c.checkpoint_ns
+        AND b.channel = ANY(c.channels) AND b.type <> 'empty'
+        AND b.version = c.checkpoint -> 'channel_versions' ->> b.channel
+) AS n
+JOIN checkpoint_blobs b ON b.thread_id = %(thread)s AND b.checkpoint_ns = n.checkpoint_ns
+    AND b.channel = n.channel AND b.version = n.version
 ORDER BY 2
 """
 )
@@ -346,7 +480,7 @@ WHERE thread_id = %(thread)s AND checkpoint_ns = %(namespace)s AND checkpoint_id
 """
 
 # After checkpoints went: a parent that is gone is no parent, as in PostgresSaver,
-# and a value that no checkpoint names is garbage.
+# and a value that no checkpoint names, and nothing kept builds on, is garbage.
 COLLECT: tuple[LiteralString, ...] = (
     """
 UPDATE checkpoints c SET parent_checkpoint_id = NULL
@@ -361,10 +495,18 @@ WITH named AS MATERIALIZED (
     SELECT DISTINCT c.checkpoint_ns, v.key AS channel, v.value AS version FROM checkpoints c
     CROSS JOIN LATERAL jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
     WHERE c.thread_id = %(thread)s
+), kept AS MATERIALIZED (
+    SELECT * FROM named
+    UNION
+    SELECT k.checkpoint_ns, k.channel, unnest(k.vat_bases) FROM checkpoint_blobs k
+    JOIN named USING (checkpoint_ns, channel, version) WHERE k.thread_id = %(thread)s
+    UNION
+    SELECT w.checkpoint_ns, w.channel, unnest(w.vat_bases) FROM checkpoint_writes w
+    WHERE w.thread_id = %(thread)s
 )
 DELETE FROM checkpoint_blobs b
 WHERE b.thread_id = %(thread)s AND NOT EXISTS (
-    SELECT FROM named n WHERE n.checkpoint_ns = b.checkpoint_ns
+    SELECT FROM kept n WHERE n.checkpoint_ns = b.checkpoint_ns
     AND n.channel = b.channel AND n.version = b.version
 )
 """,
@@ -414,14 +556,16 @@ SELECT %(target)s, checkpoint_ns, checkpoint_id, parent_checkpoint_id, type,
 FROM checkpoints WHERE thread_id = %(thread)s
 """,
     """
-INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
-SELECT %(target)s, checkpoint_ns, channel, version, type, blob
+INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob,
+                              vat_step, vat_bases)
+SELECT %(target)s, checkpoint_ns, channel, version, type, blob, vat_step, vat_bases
 FROM checkpoint_blobs WHERE thread_id = %(thread)s
 """,
     """
 INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id, idx,
-                               task_path, channel, type, blob)
-SELECT %(target)s, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob
+                               task_path, channel, type, blob, vat_bases)
+SELECT %(target)s, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob,
+       vat_bases
 FROM checkpoint_writes WHERE thread_id = %(thread)s
 """,
     """

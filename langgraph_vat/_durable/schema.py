@@ -17,7 +17,7 @@ LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 
 # Versions of langgraph-checkpoint-postgres that the statements below include.
 LANGGRAPH_VERSION = 9
-VERSION = 2
+VERSION = 3
 
 # In the schema that is ours, and in no other on the search path.
 HAS_SCHEMA: LiteralString = """
@@ -147,4 +147,15 @@ MIGRATION_2: tuple[LiteralString, ...] = (
     "INSERT INTO vat_schema (version) VALUES (2) ON CONFLICT DO NOTHING",
 )
 
-MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (MIGRATION_1, MIGRATION_2)
+# What a value builds on that is kept as a patch: versions of its channel, the
+# whole one first; and where it stands in its line.
+MIGRATION_3: tuple[LiteralString, ...] = (
+    """
+ALTER TABLE checkpoint_blobs
+    ADD COLUMN IF NOT EXISTS vat_step SMALLINT,
+    ADD COLUMN IF NOT EXISTS vat_bases TEXT[]""",
+    "ALTER TABLE checkpoint_writes ADD COLUMN IF NOT EXISTS vat_bases TEXT[]",
+    "INSERT INTO vat_schema (version) VALUES (3) ON CONFLICT DO NOTHING",
+)
+
+MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (MIGRATION_1, MIGRATION_2, MIGRATION_3)

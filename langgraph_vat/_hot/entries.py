@@ -183,7 +183,7 @@ def write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
     for write in writes:
         kind = b"w" if write.idx >= 0 else b"x"
         yield kind + prefix + b"%d:" % write.idx + write.task_id.encode()
-        yield ormsgpack.packb(tuple(write))
+        yield ormsgpack.packb(write[:6])  # what Redis has is whole
 
 
 def _parse_writes(found: dict[bytes, bytes]) -> tuple[Write, ...]:

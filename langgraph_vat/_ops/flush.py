@@ -24,6 +24,7 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
+from langgraph_vat._ops.compact import Packed, Packing, pack_entries
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._records import Entry, Fence, PutEntry
@@ -289,7 +290,9 @@ async def _write(
         wanted[batch.thread_id] = _satisfied(shared, batch, kept, checks, fence)
     pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
     if pairs:
-        await _insert(session, pairs)
+        is_compact = shared.settings.storage == "compact"
+        packing = await pack_entries(shared, session, pairs) if is_compact else Packing()
+        await _insert(session, pairs, packing)
         await session.execute(sql.TOUCH_THREADS, {"threads": list(wanted)})
 
 
@@ -429,9 +432,9 @@ def _is_orphan(
     return (thread_id, ns, parent_id) in checks.orphans and (ns, parent_id) not in here
 
 
-async def _insert(session: Session, pairs: list[tuple[str, Entry]]) -> None:
+async def _insert(session: Session, pairs: list[tuple[str, Entry]], packing: Packing) -> None:
     puts = [(t, e) for t, e in pairs if isinstance(e, PutEntry)]
-    await _insert_blobs(session, puts)
+    await _insert_blobs(session, puts, packing)
     checkpoints = {
         (t, e.checkpoint_ns, e.checkpoint_id): (e.parent_id, *_core_columns(e)) for t, e in puts
     }
@@ -448,7 +451,7 @@ async def _insert(session: Session, pairs: list[tuple[str, Entry]]) -> None:
     if checkpoints:
         rows = [(*key, *value) for key, value in checkpoints.items()]
         await session.execute(sql.INSERT_CHECKPOINTS, columns(rows, *names))
-    await _insert_writes(session, pairs)
+    await _insert_writes(session, pairs, packing)
 
 
 def _core_columns(entry: PutEntry) -> tuple[str, str, str, bytes | None]:
@@ -457,24 +460,32 @@ def _core_columns(entry: PutEntry) -> tuple[str, str, str, bytes | None]:
     return core.checkpoint.decode(), core.metadata.decode(), core.exact_type, exact
 
 
-async def _insert_blobs(session: Session, puts: list[tuple[str, PutEntry]]) -> None:
+async def _insert_blobs(
+    session: Session, puts: list[tuple[str, PutEntry]], packing: Packing
+) -> None:
     new: _Values = {}
     kept: _Values = {}
     for thread_id, entry in puts:
         for blob in entry.blobs:
             if blob.data is None:
                 continue
-            into = kept if blob.channel in entry.kept else new
             key = (thread_id, entry.checkpoint_ns, blob.channel, blob.version)
-            into[key] = (blob.type, blob.data)
+            if blob.channel in entry.kept:
+                kept[key] = (blob.type, blob.data)
+            elif key not in packing.present:
+                new[key] = packing.blobs.get(key, Packed(blob.type, blob.data)).columns
     names = ("threads", "namespaces", "channels", "versions", "types", "blobs")
-    for statement, some in ((sql.INSERT_BLOBS, new), (sql.INSERT_MISSING_BLOBS, kept)):
-        if some:
-            rows = [(*key, *value) for key, value in some.items()]
-            await session.execute(statement, columns(rows, *names))
+    if new:
+        rows = [(*key, *value) for key, value in new.items()]
+        await session.execute(sql.INSERT_BLOBS, columns(rows, *names, "steps", "bases"))
+    if kept:
+        rows = [(*key, *value) for key, value in kept.items()]
+        await session.execute(sql.INSERT_MISSING_BLOBS, columns(rows, *names))
 
 
-async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> None:
+async def _insert_writes(
+    session: Session, pairs: list[tuple[str, Entry]], packing: Packing
+) -> None:
     first: _Values = {}
     last: _Values = {}
     for thread_id, entry in pairs:
@@ -482,7 +493,11 @@ async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> No
             continue
         for write in entry.writes:
             key = (thread_id, entry.checkpoint_ns, entry.checkpoint_id, write.task_id, write.idx)
-            value = (write.task_path, write.channel, write.type, write.data)
+            packed = packing.writes.get(
+                (entry.uid, write.task_id, write.idx), Packed(write.type, write.data)
+            )
+            type_, data, _, bases = packed.columns
+            value = (write.task_path, write.channel, type_, data, bases)
             if write.idx >= 0:
                 first.setdefault(key, value)
             elif key not in last or last[key][-1] <= entry.epoch:
@@ -497,6 +512,7 @@ async def _insert_writes(session: Session, pairs: list[tuple[str, Entry]]) -> No
         "channels",
         "types",
         "blobs",
+        "bases",
     )
     if first:
         rows = [(*key, *value) for key, value in first.items()]

@@ -23,7 +23,7 @@ from langgraph_vat._ops.hot import read_head
 from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.threads import find
 from langgraph_vat._ops.tiers import degrade, hot_to_read
-from langgraph_vat._ops.values import READABLE_METADATA, load_blob, load_write, to_tuple
+from langgraph_vat._ops.values import READABLE_METADATA, Unpacker, to_tuple
 from langgraph_vat._records import Blob, Snapshot, Write
 from langgraph_vat._seal.codec import Codec, SealedCodec
 from langgraph_vat.errors import SealError
@@ -186,12 +186,16 @@ def _history(
     entry: DeltaChannelHistory = {"writes": []}
     if codec is None:
         return entry
-    for kind, depth, owner, _, path, task_id, idx, type_, data, inline in rows:
+    blobs = [Blob(channel, row[2], row[7], row[8], row[10]) for row in rows if row[0] == "base"]
+    unpacker = Unpacker(codec, checkpoint_ns, blobs)
+    for kind, depth, owner, _, path, task_id, idx, type_, data, inline, base in rows:
+        if kind == "base":
+            continue
         if kind == "write":
-            write = Write(task_id, idx, path, channel, type_, data)
+            write = Write(task_id, idx, path, channel, type_, data, base)
             steps.setdefault(depth, []).append((owner, write))
         elif kind == "blob":
-            entry["seed"] = load_blob(codec, checkpoint_ns, Blob(channel, owner, type_, data))
+            entry["seed"] = unpacker.load_blob(Blob(channel, owner, type_, data, base))
         elif isinstance(codec, SealedCodec):
             raise SealError(
                 f"a value of channel {channel!r} must be sealed and is not; it was not used"
@@ -203,8 +207,7 @@ def _history(
             steps[depth], key=lambda s: writes_sort_key(s[1].task_path, s[1].task_id, s[1].idx)
         )
         entry["writes"] += [
-            (write.task_id, channel, load_write(codec, checkpoint_ns, owner, write))
-            for owner, write in ordered
+            (write.task_id, channel, unpacker.load_write(owner, write)) for owner, write in ordered
         ]
     return entry
 

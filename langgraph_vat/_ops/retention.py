@@ -129,7 +129,7 @@ async def _reseal(session: Session, thread_id: str, source: Codec, target: Codec
     """Seal the copied rows of a thread anew, under its own key and bound to it."""
 
     def again(type_: str, data: bytes, *place: str) -> bytes:
-        return target.dump(source.load(type_, data, *place), *place)[1]
+        return target.seal(*source.open(type_, data, *place), *place)[1]
 
     only = {"thread": thread_id}
     blobs = [

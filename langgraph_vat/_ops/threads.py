@@ -22,14 +22,21 @@ import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable import checkpoints as sql
-from langgraph_vat._durable.rows import to_snapshot
+from langgraph_vat._durable.rows import to_blob, to_snapshot
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import EMPTY_HEAD, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
-from langgraph_vat._ops.values import encode_blob, refuse_plaintext, with_sends
+from langgraph_vat._ops.values import (
+    Unpacker,
+    encode_blob,
+    refuse_plaintext,
+    unpacked,
+    unpacked_write,
+    with_sends,
+)
 from langgraph_vat._records import Core, Fence, Snapshot, Write
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
@@ -148,8 +155,9 @@ async def fill(
         snapshot = await select_latest(backend, thread_id, checkpoint_ns)
         if ticket is None:
             continue
-        pairs = _pairs(known, serde, thread_id, snapshot)
-        pairs += await _early_writes(backend, thread_id, checkpoint_ns, snapshot)
+        codec = known.codec(serde, thread_id)
+        pairs = _pairs(codec, snapshot)
+        pairs += await _early_writes(backend, codec, thread_id, checkpoint_ns, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
             pairs = [*sparse(pairs), b"z", b"1"]
         args: list[Arg] = [
@@ -185,24 +193,31 @@ async def select_latest(backend: Backend, thread_id: str, checkpoint_ns: str) ->
 
 
 async def _early_writes(
-    backend: Backend, thread_id: str, checkpoint_ns: str, snapshot: Snapshot | None
+    backend: Backend,
+    codec: Codec,
+    thread_id: str,
+    checkpoint_ns: str,
+    snapshot: Snapshot | None,
 ) -> list[bytes]:
     """Return the writes that wait for a checkpoint to come, which adopts them from the head."""
     newest = snapshot.checkpoint_id if snapshot else ""
     params = {"thread": thread_id, "namespace": checkpoint_ns, "checkpoint": newest}
-    rows = await backend.durable.fetch(sql.SELECT_EARLY_WRITES, params)
-    return [pair for row in rows for pair in write_pairs(row[0], [Write(*row[1:])])]
+    pairs: list[bytes] = []
+    for checkpoint_id, *columns, bases in await backend.durable.fetch(
+        sql.SELECT_EARLY_WRITES, params
+    ):
+        unpacker = Unpacker(codec, checkpoint_ns, [to_blob(*base) for base in bases])
+        write = unpacked_write(unpacker, codec, checkpoint_ns, checkpoint_id, Write(*columns))
+        pairs += write_pairs(checkpoint_id, [write])
+    return pairs
 
 
-def _pairs(
-    known: Known, serde: SerializerProtocol, thread_id: str, snapshot: Snapshot | None
-) -> list[bytes]:
+def _pairs(codec: Codec, snapshot: Snapshot | None) -> list[bytes]:
     """Return the head that shows what Postgres has."""
     if snapshot is None:
         return [*EMPTY_HEAD]
-    codec = known.codec(serde, thread_id)
     refuse_plaintext(snapshot, codec)
-    snapshot = with_sends(snapshot, codec)
+    snapshot = unpacked(with_sends(snapshot, codec), codec)
     core = Core(
         orjson.dumps(snapshot.checkpoint),
         orjson.dumps(snapshot.metadata),

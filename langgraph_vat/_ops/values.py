@@ -8,7 +8,7 @@ exactly what was put in. The rest is kept exact beside it.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -25,6 +25,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import TASKS
 
+from langgraph_vat._durable.packing import is_packed, unpack
 from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
@@ -110,7 +111,7 @@ def encode_blob(
     """Encode the value that `values` has for a channel, or that it has none."""
     if channel not in values:
         return Blob(channel, version, "", None)
-    place = ("blob", checkpoint_ns, channel, version)
+    place = blob_place(checkpoint_ns, channel, version)
     with _naming(channel):
         return Blob(channel, version, *codec.dump(values[channel], *place))
 
@@ -155,16 +156,104 @@ def _naming(channel: str) -> Iterator[None]:
         raise
 
 
-def load_blob(codec: Codec, checkpoint_ns: str, blob: Blob) -> Any:
-    """Open the value of a channel that is not empty."""
-    assert blob.data is not None
-    return codec.load(blob.type, blob.data, "blob", checkpoint_ns, blob.channel, blob.version)
+class Unpacker:
+    """
+    Opens values of one namespace, which may build on earlier ones of their channel.
+
+    Args:
+        codec: Opens what is sealed.
+        checkpoint_ns: The namespace.
+        bases: All that the values build on.
+    """
+
+    def __init__(self, codec: Codec, checkpoint_ns: str, bases: Iterable[Blob]) -> None:
+        self._codec = codec
+        self._ns = checkpoint_ns
+        self._bases = {(blob.channel, blob.version): blob for blob in bases}
+        self._opened: dict[tuple[str, str], bytes | None] = {}
+
+    def blob(self, blob: Blob) -> tuple[str, bytes]:
+        """Return the value of a channel that is not empty, as it was serialized."""
+        assert blob.data is not None
+        place = blob_place(self._ns, blob.channel, blob.version)
+        type_, data = self._codec.open(blob.type, blob.data, *place)
+        return unpack(type_, data, self._base(blob.channel, blob.base))
+
+    def write(self, checkpoint_id: str, write: Write) -> tuple[str, bytes]:
+        """Return the value of a pending write, as it was serialized."""
+        place = write_place(self._ns, checkpoint_id, write)
+        type_, data = self._codec.open(write.type, write.data, *place)
+        return unpack(type_, data, self._base(write.channel, write.base))
+
+    def load_blob(self, blob: Blob) -> Any:
+        """Return the value of a channel that is not empty."""
+        return self._codec.parse(*self.blob(blob))
+
+    def load_write(self, checkpoint_id: str, write: Write) -> Any:
+        """Return the value of a pending write."""
+        return self._codec.parse(*self.write(checkpoint_id, write))
+
+    def _base(self, channel: str, version: str) -> bytes | None:
+        key = channel, version
+        if key not in self._opened:
+            self._opened[key] = None  # what builds on itself finds nothing
+            base = self._bases.get(key) if version else None
+            if base is not None:
+                self._opened[key] = self.blob(base)[1]
+        return self._opened[key]
 
 
-def load_write(codec: Codec, checkpoint_ns: str, checkpoint_id: str, write: Write) -> Any:
-    """Open the value of one pending write."""
-    place = ("write", checkpoint_ns, checkpoint_id, write.task_id, str(write.idx), write.channel)
-    return codec.load(write.type, write.data, *place)
+def blob_place(checkpoint_ns: str, channel: str, version: str) -> tuple[str, ...]:
+    """Return what a channel's value is bound to."""
+    return "blob", checkpoint_ns, channel, version
+
+
+def write_place(checkpoint_ns: str, checkpoint_id: str, write: Write) -> tuple[str, ...]:
+    """Return what a pending write is bound to."""
+    return (
+        "write",
+        checkpoint_ns,
+        checkpoint_id,
+        write.task_id,
+        str(write.idx),
+        write.channel,
+    )
+
+
+def unpacked(snapshot: Snapshot, codec: Codec) -> Snapshot:
+    """Return a checkpoint as a head holds it: nothing in it builds on anything else."""
+    unpacker = Unpacker(codec, snapshot.checkpoint_ns, snapshot.bases)
+    return replace(
+        snapshot,
+        blobs=tuple(
+            unpacked_blob(unpacker, codec, snapshot.checkpoint_ns, b) for b in snapshot.blobs
+        ),
+        writes=tuple(
+            unpacked_write(unpacker, codec, snapshot.checkpoint_ns, snapshot.checkpoint_id, w)
+            for w in snapshot.writes
+        ),
+        bases=(),
+    )
+
+
+def unpacked_blob(unpacker: Unpacker, codec: Codec, checkpoint_ns: str, blob: Blob) -> Blob:
+    """Return a value sealed anew, if it was packed."""
+    if blob.data is None or not is_packed(blob.type):
+        return blob
+    place = blob_place(checkpoint_ns, blob.channel, blob.version)
+    type_, data = codec.seal(*unpacker.blob(blob), *place)
+    return blob._replace(type=type_, data=data, base="")
+
+
+def unpacked_write(
+    unpacker: Unpacker, codec: Codec, checkpoint_ns: str, checkpoint_id: str, write: Write
+) -> Write:
+    """Likewise of a pending write."""
+    if not is_packed(write.type):
+        return write
+    place = write_place(checkpoint_ns, checkpoint_id, write)
+    type_, data = codec.seal(*unpacker.write(checkpoint_id, write), *place)
+    return write._replace(type=type_, data=data, base="")
 
 
 def refuse_plaintext(snapshot: Snapshot, codec: Codec) -> None:
@@ -206,7 +295,7 @@ def with_sends(snapshot: Snapshot, codec: Codec) -> Snapshot:
     versions = dict(snapshot.checkpoint["channel_versions"])
     versions[TASKS] = max(versions.values(), default="1")
     ns, parent_id = snapshot.checkpoint_ns, snapshot.parent_id
-    values = [load_write(codec, ns, parent_id, write) for write in snapshot.sends]
+    values = [Unpacker(codec, ns, ()).load_write(parent_id, write) for write in snapshot.sends]
     return replace(
         snapshot,
         checkpoint={**snapshot.checkpoint, "channel_versions": versions},
@@ -222,9 +311,10 @@ def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTupl
     ns, checkpoint_id = snapshot.checkpoint_ns, snapshot.checkpoint_id
     metadata, hidden = load_exact(codec, snapshot)
     values = dict(snapshot.inline)
+    unpacker = Unpacker(codec, ns, snapshot.bases)
     for blob in snapshot.blobs:
         if blob.data is not None and blob.type != "empty":
-            values[blob.channel] = load_blob(codec, ns, blob)
+            values[blob.channel] = unpacker.load_blob(blob)
     writes = sorted(snapshot.writes, key=lambda w: writes_sort_key(w.task_path, w.task_id, w.idx))
     checkpoint = {**snapshot.checkpoint, **hidden, "channel_values": values}
     return CheckpointTuple(
@@ -233,7 +323,7 @@ def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTupl
         metadata=cast("CheckpointMetadata", metadata),
         parent_config=address(thread_id, ns, snapshot.parent_id) if snapshot.parent_id else None,
         pending_writes=[
-            (w.task_id, w.channel, load_write(codec, ns, checkpoint_id, w)) for w in writes
+            (w.task_id, w.channel, unpacker.load_write(checkpoint_id, w)) for w in writes
         ],
     )
 

@@ -14,7 +14,11 @@ SUFFIX = "+aes256gcm"
 
 
 class Codec(Protocol):
-    """Serializes values for their place; `place` is what tells one value from all others."""
+    """
+    Serializes values for their place, and seals them; `place` tells one value from all others.
+
+    In between a value is serialized and open: what stands there may be packed.
+    """
 
     def dump(self, value: Any, *place: str) -> tuple[str, bytes]:
         """
@@ -34,6 +38,23 @@ class Codec(Protocol):
         """
         ...
 
+    def seal(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
+        """Return what is stored of a value that is serialized already."""
+        ...
+
+    def open(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
+        """
+        Return what `seal` was given for the same `place`.
+
+        Raises:
+            SealError: It is sealed and does not open here.
+        """
+        ...
+
+    def parse(self, type_: str, data: bytes) -> Any:
+        """Return the value of what is open, and not packed."""
+        ...
+
 
 class PlainCodec:
     """The serializer alone; a place means nothing to it."""
@@ -45,10 +66,22 @@ class PlainCodec:
         """Serialize."""
         return _dump(self._serde, value)
 
-    def load(self, type_: str, data: bytes, *_place: str) -> Any:
+    def load(self, type_: str, data: bytes, *place: str) -> Any:
         """Deserialize."""
+        return self.parse(*self.open(type_, data, *place))
+
+    def seal(self, type_: str, data: bytes, *_place: str) -> tuple[str, bytes]:
+        """Leave as it is."""
+        return type_, data
+
+    def open(self, type_: str, data: bytes, *_place: str) -> tuple[str, bytes]:
+        """Refuse what is sealed."""
         if type_.endswith(SUFFIX):
             raise SealError("this data is sealed and no keyring was given; pass keyring=")
+        return type_, data
+
+    def parse(self, type_: str, data: bytes) -> Any:
+        """Deserialize."""
         return self._serde.loads_typed((type_, data))
 
 
@@ -67,15 +100,26 @@ class SealedCodec:
 
     def dump(self, value: Any, *place: str) -> tuple[str, bytes]:
         """Serialize and seal."""
-        type_, data = _dump(self._serde, value)
-        bound = associated_data(*self._base, *place, type_)
-        return type_ + SUFFIX, self._data_key.seal(data, associated_data=bound)
+        return self.seal(*_dump(self._serde, value), *place)
 
     def load(self, type_: str, data: bytes, *place: str) -> Any:
         """Open and deserialize; nothing is parsed before it is authenticated."""
+        return self.parse(*self.open(type_, data, *place))
+
+    def seal(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
+        """Encrypt."""
+        bound = associated_data(*self._base, *place, type_)
+        return type_ + SUFFIX, self._data_key.seal(data, associated_data=bound)
+
+    def open(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
+        """Authenticate and decrypt."""
         inner = opened_type(type_)
         bound = associated_data(*self._base, *place, inner)
-        return self._serde.loads_typed((inner, self._data_key.open(data, associated_data=bound)))
+        return inner, self._data_key.open(data, associated_data=bound)
+
+    def parse(self, type_: str, data: bytes) -> Any:
+        """Deserialize."""
+        return self._serde.loads_typed((type_, data))
 
 
 def _dump(serde: SerializerProtocol, value: Any) -> tuple[str, bytes]:
