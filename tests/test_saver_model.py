@@ -22,13 +22,17 @@ from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.memory import InMemorySaver
 
 from langgraph_vat import HybridSaver, Keyring
+from langgraph_vat._durable import packing
 
 THREADS = ("one", "two:{x}%*")
 NAMESPACES = ("", "sub:1", "sub")
 CHANNELS = ("a", "b", "messages", "c:|")
+# Kept as patches of one another.
+LONG = " ".join(f"word {n}" for n in range(150))
 VALUES = (
     0, -1, 2**62, 1.5, math.inf, True, None, "", "text", "nul \0", "🦊", b"", b"\0\xff",
     [], [1, [2]], {"k": {"deep": [None]}}, HumanMessage("hi", id="m1"),
+    LONG, f"{LONG} and more", f"{LONG[:700]} not {LONG[700:]}", [LONG, LONG[::-1]], LONG[::-1],
 )  # fmt: skip
 SPECIAL = ("__interrupt__", "__error__", "__resume__")
 _runs = itertools.count()
@@ -252,8 +256,9 @@ def _normal(found: Any) -> dict[str, Any]:
 )
 @pytest.mark.timeout(3_600)
 def test_answers_are_those_of_in_memory_saver(
-    postgres_url, redis_url, is_hot, is_sealed, flush_every
+    postgres_url, redis_url, is_hot, is_sealed, flush_every, monkeypatch
 ):
+    monkeypatch.setattr(packing, "_LONGEST", 6)  # or no example is long enough to begin anew
     url = redis_url if is_hot else None
     keyring = Keyring.generate() if is_sealed else None
     options = {"redis": url, "keyring": keyring, "flush_every": flush_every, "flush_after": 30.0}

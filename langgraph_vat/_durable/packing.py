@@ -5,7 +5,7 @@ The type tag says what was done, after what the serializer said:
 
 =============  ==========================================================
 ``+vat.zstd``  one Zstandard frame (RFC 8878)
-``+vat.patch`` 16 bytes BLAKE2b of the base; how many bytes at its begin are
+``+vat.patch`` 16 bytes BLAKE2b of the value; how many bytes at its begin are
                the value's, too, how many after them are not used, and how
                many at its end are the value's, too, 8 bytes each; then a frame
                of the rest, with the rest of the base as raw-content dictionary
@@ -86,7 +86,7 @@ def _patch(data: bytes, base: bytes) -> bytes:
     unused = max(
         0, len(known) - max(_KNOWN_TIMES * len(rest), _LEAST_KNOWN), len(known) - _MOST_KNOWN
     )
-    header = _HEADER.pack(_digest(base), begin, unused, end)
+    header = _HEADER.pack(_digest(data), begin, unused, end)
     return header + _compressor(rest, known[unused:]).compress(rest)
 
 
@@ -123,9 +123,17 @@ def _compressor(rest: bytes, known: bytes) -> zstandard.ZstdCompressor:
     return zstandard.ZstdCompressor(dict_data=_dictionary(known), compression_params=parameters)
 
 
-def unpack(type_: str, data: bytes, base: bytes | None = None) -> tuple[str, bytes]:
+def unpack(
+    type_: str, data: bytes, base: bytes | None = None, *, is_base: bool = False
+) -> tuple[str, bytes]:
     """
     Return what `pack` was given.
+
+    Args:
+        type_: Type tag.
+        data: What `pack` returned.
+        base: The bytes it was packed with.
+        is_base: Whether it is only to build on: the digest of what does tells all.
 
     Raises:
         SealError: It is damaged, or the base is missing or another one.
@@ -136,21 +144,22 @@ def unpack(type_: str, data: bytes, base: bytes | None = None) -> tuple[str, byt
                 data, max_output_size=_MOST
             )
         if type_.endswith(PATCH):
-            return type_.removesuffix(PATCH), _apply(data, base)
+            return type_.removesuffix(PATCH), _apply(data, base, is_base=is_base)
     except zstandard.ZstdError:
         raise _damaged() from None
     return type_, data
 
 
-def _apply(patch: bytes, base: bytes | None) -> bytes:
+def _apply(patch: bytes, base: bytes | None, *, is_base: bool) -> bytes:
     if base is None or len(patch) < _HEADER.size:
         raise _damaged()
     digest, begin, unused, end = _HEADER.unpack_from(patch)
-    if digest != _digest(base):
-        raise _damaged()
     known = base[begin + unused : len(base) - end]
     rest = _decompressor(known).decompress(patch[_HEADER.size :], max_output_size=_MOST)
-    return b"".join((base[:begin], rest, base[len(base) - end :]))
+    value = b"".join((base[:begin], rest, base[len(base) - end :]))
+    if not is_base and digest != _digest(value):
+        raise _damaged()
+    return value
 
 
 def _decompressor(known: bytes) -> zstandard.ZstdDecompressor:
@@ -170,8 +179,8 @@ def is_packed(type_: str) -> bool:
     return ZSTD in type_ or PATCH in type_
 
 
-def _digest(base: bytes) -> bytes:
-    return hashlib.blake2b(base, digest_size=_DIGEST_BYTES).digest()
+def _digest(value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=_DIGEST_BYTES).digest()
 
 
 def _dictionary(base: bytes) -> zstandard.ZstdCompressionDict:

@@ -174,10 +174,14 @@ class Unpacker:
 
     def blob(self, blob: Blob) -> tuple[str, bytes]:
         """Return the value of a channel that is not empty, as it was serialized."""
+        return self._open(blob, is_base=False)
+
+    def _open(self, blob: Blob, *, is_base: bool) -> tuple[str, bytes]:
         assert blob.data is not None
         place = blob_place(self._ns, blob.channel, blob.version)
         type_, data = self._codec.open(blob.type, blob.data, *place)
-        return unpack(type_, data, self._base(blob.channel, blob.base))
+        base = self._base(blob.channel, blob.base)
+        return unpack(type_, data, base, is_base=is_base)
 
     def write(self, checkpoint_id: str, write: Write) -> tuple[str, bytes]:
         """Return the value of a pending write, as it was serialized."""
@@ -199,7 +203,7 @@ class Unpacker:
             self._opened[key] = None  # what builds on itself finds nothing
             base = self._bases.get(key) if version else None
             if base is not None:
-                self._opened[key] = self.blob(base)[1]
+                self._opened[key] = self._open(base, is_base=True)[1]
         return self._opened[key]
 
 
