@@ -272,8 +272,14 @@ async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
     copies = shared.copies.of(thread_id)
     if hot is None:
         return _Batch(thread_id, [], copies)
-    raw = await hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], [])
-    return _Batch(thread_id, [(entry_id, parse_entry(fields)) for entry_id, fields in raw], copies)
+    # What this process has need not travel again.
+    own = {entry.uid: entry for entry in copies}
+    raw = await hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], list(own))
+    journal = [
+        (entry_id, own[fields[1]] if len(fields) == 2 else parse_entry(fields))  # noqa: PLR2004
+        for entry_id, fields in raw
+    ]
+    return _Batch(thread_id, journal, copies)
 
 
 async def _write(
