@@ -180,8 +180,8 @@ MUTATIONS = [
     Mutation(
         "what was sent before version 4 is opened where it was sealed",
         "_ops/values.py",
-        "load_write(codec, ns, parent_id, write) for",
-        "load_write(codec, ns, snapshot.checkpoint_id, write) for",
+        ".load_write(parent_id, write) for",
+        ".load_write(snapshot.checkpoint_id, write) for",
         "test_compatibility.py::test_what_old_checkpoints_sent_is_opened_where_it_is_sealed",
     ),
     Mutation(
@@ -190,6 +190,52 @@ MUTATIONS = [
         "then steps = steps + found end",
         "then steps = steps + 1 end",
         "test_protocol.py::test_a_flush_that_comes_late_does_not_put_off_the_next",
+    ),
+    Mutation(
+        "what kept values build on is kept",
+        "_durable/checkpoints.py",
+        "    UNION\n"
+        "    SELECT k.checkpoint_ns, k.channel, unnest(k.vat_bases) FROM checkpoint_blobs k\n"
+        "    JOIN named USING (checkpoint_ns, channel, version) WHERE k.thread_id = %(thread)s\n",
+        "",
+        "test_compact.py::test_what_kept_checkpoints_build_on_stays",
+    ),
+    Mutation(
+        "what kept writes build on is kept",
+        "_durable/checkpoints.py",
+        "    UNION\n"
+        "    SELECT w.checkpoint_ns, w.channel, unnest(w.vat_bases) FROM checkpoint_writes w\n"
+        "    WHERE w.thread_id = %(thread)s\n",
+        "",
+        "test_compact.py::test_what_writes_build_on_stays_when_their_values_go",
+    ),
+    Mutation(
+        "a version that is stored is not packed again, perhaps on itself",
+        "_ops/compact.py",
+        "if stored.value(key) == new[key]}",
+        "if False}",
+        "test_compact.py::test_a_flush_that_comes_twice_changes_nothing",
+    ),
+    Mutation(
+        "nothing builds on a version that gets another value",
+        "_ops/compact.py",
+        "        await _make_whole(session, codecs[key[0]], key)\n",
+        "",
+        "test_compact.py::test_a_version_that_is_used_again_takes_nothing_with_it",
+    ),
+    Mutation(
+        "what a patch gives is compared with its digest",
+        "_durable/packing.py",
+        "if not is_base and digest != _digest(value):",
+        "if False:",
+        "test_compact.py::test_a_damaged_patch_or_another_base_is_refused",
+    ),
+    Mutation(
+        "a value that cannot be packed is stored all the same",
+        "_ops/compact.py",
+        "        except SealError:\n            return None\n\n    def base",
+        "        except ZeroDivisionError:\n            return None\n\n    def base",
+        "test_compact.py::test_what_builds_on_a_changed_value_is_refused",
     ),
     Mutation(
         "a Redis that restarted or failed over is noticed",

@@ -189,17 +189,16 @@ def test_what_kept_checkpoints_build_on_stays(make):
 
 
 def test_what_writes_build_on_stays_when_their_values_go(make, postgres_url):
-    saver = make(flush_every=1)
+    saver = make(flush_every=50, flush_after=600.0)
     known, config = {}, None
-    texts: list[str] = []
     for number in range(20):
-        texts = [*texts, f"message {number} {_dice.random()}" * 9]
-        config = put(saver, config, texts, f"{number:032}", run_id=f"r{number % 2}")
+        texts = _dice.choices(TEXT.split(), k=300)
+        config = put(saver, config, texts, f"{2 * number:032}", run_id="r0")
         saver.put_writes(config, [("a", [*texts, "next"]), ("b", "x" * 500)], "task")
-        if not number % 2:
-            known[config["configurable"]["checkpoint_id"]] = texts
+        known[config["configurable"]["checkpoint_id"]] = texts
+        put(saver, config, [*texts, "next"], f"{2 * number + 1:032}", run_id="r1")
+    saver.flush()
     saver.delete_for_runs(["r1"])
-    assert len(stored(postgres_url)) >= len(known)
     assert are_as_they_were(make(), known)
 
 
@@ -225,10 +224,12 @@ def test_a_fork_builds_on_any_branch(make):
 def test_a_flush_that_comes_twice_changes_nothing(make, postgres_url, monkeypatch):
     from langgraph_vat._ops import flush
 
-    saver = make(flush_every=50)
+    saver = make(flush_every=50, flush_after=600.0)
     if saver._life.connections._redis is None:
         return  # every step is committed as it comes
     known = grow(saver, 10)
+    saver.flush()
+    known |= grow(saver, 10, at("t", max(known)))
     kept = flush._trim
 
     async def lose(*_: Any) -> None:
@@ -243,14 +244,21 @@ def test_a_flush_that_comes_twice_changes_nothing(make, postgres_url, monkeypatc
     assert are_as_they_were(make(), known)
 
 
-def test_a_version_that_is_used_again_takes_nothing_with_it(make):
+@pytest.mark.parametrize("flush_every", [1, 50])
+@pytest.mark.parametrize("chosen", [0, 1, 7, 19])
+def test_a_version_that_is_used_again_takes_nothing_with_it(make, flush_every, chosen):
     saver = make(flush_every=1)
     known = grow(saver, 20)
-    first = saver.get_tuple(at("t", min(known)))
-    versions = first.checkpoint["channel_versions"]
-    config = put(saver, None, "another value " * 50, versions["a"])
-    assert saver.get_tuple(config).checkpoint["channel_values"] == {"a": "another value " * 50}
-    known.pop(min(known))
+    reused = sorted(known)[chosen]
+    versions = saver.get_tuple(at("t", reused)).checkpoint["channel_versions"]
+    other = make(flush_every=flush_every, flush_after=600.0)
+    newest = at("t", max(known))
+    known |= grow(other, 3, newest)
+    config = put(other, at("t", max(known)), "another value " * 50, versions["a"])
+    known.pop(reused)  # its value is another one now, too
+    known |= grow(other, 20, at("t", max(known)))
+    other.flush()
+    assert other.get_tuple(config).checkpoint["channel_values"] == {"a": "another value " * 50}
     assert are_as_they_were(make(), known)
 
 

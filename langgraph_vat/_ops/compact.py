@@ -84,15 +84,14 @@ async def pack_entries(shared: Shared, session: Session, pairs: Pairs) -> Packin
     codecs = _codecs(shared, pairs)
     new = _new_values(pairs, codecs)
     stored = await _Stored.read(session, codecs, list(new))
+    packing.present = {key for key in stored.present if stored.value(key) == new[key]}
+    for key in stored.present - packing.present:
+        await _make_whole(session, codecs[key[0]], key)
+        lines[key[:3]] = _Line()  # nothing more builds on what was there
     for key, value in new.items():
-        codec = codecs[key[0]]
-        if key in stored.present:
-            if stored.value(key) == value:
-                packing.present.add(key)
-                continue
-            await _make_whole(session, codec, key)
-        line = lines.setdefault(key[:3], stored.line(key[:3]))
-        packing.blobs[key] = _pack_blob(stored, codec, key, line, value)
+        if key not in packing.present:
+            line = lines.setdefault(key[:3], stored.line(key[:3]))
+            packing.blobs[key] = _pack_blob(stored, codecs[key[0]], key, line, value)
     for thread_id, entry in pairs:
         if isinstance(entry, WritesEntry) and thread_id in codecs:
             for write in entry.writes:
