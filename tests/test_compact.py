@@ -244,22 +244,54 @@ def test_a_flush_that_comes_twice_changes_nothing(make, postgres_url, monkeypatc
     assert are_as_they_were(make(), known)
 
 
+@pytest.mark.parametrize("storage", ["compact", "compatible"])
 @pytest.mark.parametrize("flush_every", [1, 50])
-@pytest.mark.parametrize("chosen", [0, 1, 7, 19])
-def test_a_version_that_is_used_again_takes_nothing_with_it(make, flush_every, chosen):
+@pytest.mark.parametrize("chosen", [0, 7, 19])
+@pytest.mark.parametrize("size", ["short", "long", "alike"])
+def test_a_version_that_is_used_again_takes_nothing_with_it(
+    make, flush_every, chosen, storage, size
+):
     saver = make(flush_every=1)
     known = grow(saver, 20)
     reused = sorted(known)[chosen]
     versions = saver.get_tuple(at("t", reused)).checkpoint["channel_versions"]
-    other = make(flush_every=flush_every, flush_after=600.0)
+    other = make(flush_every=flush_every, flush_after=600.0, storage=storage)
     newest = at("t", max(known))
     known |= grow(other, 3, newest)
-    config = put(other, at("t", max(known)), "another value " * 50, versions["a"])
+    value: Any = {
+        "short": "another value",
+        "long": "another value " * 50,
+        "alike": [*known[max(known)], "and one more"],
+    }[size]
+    put(other, at("t", max(known)), "another value " * 70, versions["a"])
+    config = put(other, at("t", max(known)), value, versions["a"])
     known.pop(reused)  # its value is another one now, too
     known |= grow(other, 20, at("t", max(known)))
     other.flush()
-    assert other.get_tuple(config).checkpoint["channel_values"] == {"a": "another value " * 50}
+    assert other.get_tuple(config).checkpoint["channel_values"] == {"a": value}
     assert are_as_they_were(make(), known)
+
+
+def test_a_damaged_base_keeps_no_other_thread_from_being_flushed(make, postgres_url, monkeypatch):
+    from langgraph_vat._ops import flush
+
+    saver = make(flush_every=50, flush_after=600.0)
+    if saver._life.connections._redis is None:
+        return
+    known = grow(saver, 10)
+
+    async def lose(*_: Any) -> None:
+        """The process dies between the commit and the trim."""
+
+    with monkeypatch.context() as patched:
+        patched.setattr(flush, "_trim", lose)
+        saver.flush()
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("UPDATE checkpoint_blobs SET blob = NULL WHERE vat_bases IS NULL")
+    config = saver.put(at("u"), empty_checkpoint(), {"step": 1}, {})
+    saver.flush()
+    assert saver.get_tuple(config) is not None
+    assert len(list(saver.list(at()))) == len(known)
 
 
 def test_values_of_postgres_saver_are_built_on(postgres_url):

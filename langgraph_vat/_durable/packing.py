@@ -70,7 +70,7 @@ def pack(type_: str, data: bytes, base: bytes | None = None) -> tuple[str, bytes
     patch = _patch(data, base) if base is not None else data
     if 8 * len(patch) <= len(data):
         return type_ + PATCH, patch
-    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+    frame = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(data)
     if 2 * len(patch) <= len(frame):
         return type_ + PATCH, patch
     if len(frame) < len(data):
@@ -140,33 +140,32 @@ def unpack(
     """
     try:
         if type_.endswith(ZSTD):
-            return type_.removesuffix(ZSTD), _decompressor(b"").decompress(
-                data, max_output_size=_MOST
-            )
+            return type_.removesuffix(ZSTD), _decompressed(data, b"")
         if type_.endswith(PATCH):
             return type_.removesuffix(PATCH), _apply(data, base, is_base=is_base)
     except zstandard.ZstdError:
-        raise _damaged() from None
+        raise damaged() from None
     return type_, data
 
 
 def _apply(patch: bytes, base: bytes | None, *, is_base: bool) -> bytes:
     if base is None or len(patch) < _HEADER.size:
-        raise _damaged()
+        raise damaged()
     digest, begin, unused, end = _HEADER.unpack_from(patch)
     known = base[begin + unused : len(base) - end]
-    rest = _decompressor(known).decompress(patch[_HEADER.size :], max_output_size=_MOST)
+    rest = _decompressed(patch[_HEADER.size :], known)
     value = b"".join((base[:begin], rest, base[len(base) - end :]))
     if not is_base and digest != _digest(value):
-        raise _damaged()
+        raise damaged()
     return value
 
 
-def _decompressor(known: bytes) -> zstandard.ZstdDecompressor:
+def _decompressed(frame: bytes, known: bytes) -> bytes:
+    if zstandard.frame_content_size(frame) > _MOST:
+        raise damaged()
     # A frame that was made without a dictionary ignores this one.
-    if len(known) < _MIN_KNOWN:
-        return zstandard.ZstdDecompressor()
-    return zstandard.ZstdDecompressor(dict_data=_dictionary(known))
+    dictionary = None if len(known) < _MIN_KNOWN else _dictionary(known)
+    return zstandard.ZstdDecompressor(dict_data=dictionary).decompress(frame, max_output_size=_MOST)
 
 
 def is_patch(type_: str) -> bool:
@@ -187,7 +186,8 @@ def _dictionary(base: bytes) -> zstandard.ZstdCompressionDict:
     return zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
-def _damaged() -> SealError:
+def damaged() -> SealError:
+    """Return the error of what cannot be unpacked."""
     return SealError(
         "a stored value is damaged, or what it builds on is missing or was changed. It was not"
         " used. Restore it from a backup."

@@ -15,6 +15,7 @@ All of it happens under the row locks of the threads, against rows read there.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -78,8 +79,14 @@ class _Line:
     values: dict[str, bytes] = field(default_factory=dict)
 
 
-async def pack_entries(shared: Shared, session: Session, pairs: Pairs) -> Packing:
-    """Pack the values of entries that are about to be written."""
+async def pack_entries(
+    shared: Shared, session: Session, pairs: Pairs, *, is_compact: bool
+) -> Packing:
+    """
+    Pack the values of entries that are about to be written.
+
+    Where the storage is not compact, see only that nothing builds on what is replaced.
+    """
     packing, lines = Packing(), dict[LineKey, _Line]()
     codecs = _codecs(shared, pairs)
     new = _new_values(pairs, codecs)
@@ -89,11 +96,11 @@ async def pack_entries(shared: Shared, session: Session, pairs: Pairs) -> Packin
         await _make_whole(session, codecs[key[0]], key)
         lines[key[:3]] = _Line()  # nothing more builds on what was there
     for key, value in new.items():
-        if key not in packing.present:
+        if is_compact and key not in packing.present:
             line = lines.setdefault(key[:3], stored.line(key[:3]))
             packing.blobs[key] = _pack_blob(stored, codecs[key[0]], key, line, value)
     for thread_id, entry in pairs:
-        if isinstance(entry, WritesEntry) and thread_id in codecs:
+        if is_compact and isinstance(entry, WritesEntry) and thread_id in codecs:
             for write in entry.writes:
                 line = lines.get((thread_id, entry.checkpoint_ns, write.channel), _Line())
                 if packed := _pack_write(codecs[thread_id], entry, write, line):
@@ -114,13 +121,13 @@ def _codecs(shared: Shared, pairs: Pairs) -> dict[str, Codec]:
 
 
 def _new_values(pairs: Pairs, codecs: dict[str, Codec]) -> dict[BlobKey, Value]:
-    """Return the values worth packing, open; of a version that comes twice the last one."""
+    """Return the new values, open; of a version that comes twice the last one."""
     found: dict[BlobKey, Value] = {}
     for thread_id, entry in pairs:
         if not isinstance(entry, PutEntry) or thread_id not in codecs:
             continue
         for blob in entry.blobs:
-            if blob.data is None or len(blob.data) < LEAST or blob.channel in entry.kept:
+            if blob.data is None or blob.channel in entry.kept:
                 continue
             key = (thread_id, entry.checkpoint_ns, blob.channel, blob.version)
             with suppress(SealError):
@@ -194,9 +201,9 @@ class _Stored:
         for kind, *key, _, bases in rows:
             if kind == "present":
                 needed |= {(*key[:3], version) for version in (*bases, key[3])}
+        counts = Counter(key[:3] for key in new if key not in found.present)
         for line_key, line in found._lines.items():
-            count = sum(key[:3] == line_key and key not in found.present for key in new)
-            needed |= {(*line_key, version) for version in _bases(line, count)}
+            needed |= {(*line_key, version) for version in _bases(line, counts[line_key])}
         if not needed:
             return found
         blobs = await session.fetch(sql.SELECT_BLOBS, columns(sorted(needed), *names))
@@ -242,15 +249,16 @@ async def _make_whole(session: Session, codec: Codec, key: BlobKey) -> None:
     unpacker = Unpacker(codec, ns, [Blob(channel, *row[4:]) for row in rows if row[0] != "write"])
     blobs, writes = [], []
     for kind, checkpoint_id, task_id, idx, version_, type_, data, base in rows:
-        if kind == "blob":
-            blob = Blob(channel, version_, type_, data, base)
-            whole = codec.seal(*pack(*unpacker.blob(blob)), *blob_place(ns, channel, version_))
-            blobs.append((version_, *whole))
-        elif kind == "write":
-            write = Write(task_id, idx, "", channel, type_, data, base)
-            place = write_place(ns, checkpoint_id, write)
-            whole = codec.seal(*pack(*unpacker.write(checkpoint_id, write)), *place)
-            writes.append((checkpoint_id, task_id, idx, *whole))
+        with suppress(SealError):  # what is damaged already is left as it is
+            if kind == "blob":
+                blob = Blob(channel, version_, type_, data, base)
+                whole = codec.seal(*pack(*unpacker.blob(blob)), *blob_place(ns, channel, version_))
+                blobs.append((version_, *whole))
+            elif kind == "write":
+                write = Write(task_id, idx, "", channel, type_, data, base)
+                place = write_place(ns, checkpoint_id, write)
+                whole = codec.seal(*pack(*unpacker.write(checkpoint_id, write)), *place)
+                writes.append((checkpoint_id, task_id, idx, *whole))
     names = ("versions", "types", "blobs")
     await session.execute(sql.MAKE_BLOBS_WHOLE, {**params, **columns(blobs, *names)})
     names_ = ("ids", "tasks", "idxs", "types", "blobs")

@@ -297,7 +297,7 @@ async def _write(
     pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
     if pairs:
         is_compact = shared.settings.storage == "compact"
-        packing = await pack_entries(shared, session, pairs) if is_compact else Packing()
+        packing = await pack_entries(shared, session, pairs, is_compact=is_compact)
         await _insert(session, pairs, packing)
         await session.execute(sql.TOUCH_THREADS, {"threads": list(wanted)})
 

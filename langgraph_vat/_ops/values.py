@@ -25,7 +25,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import TASKS
 
-from langgraph_vat._durable.packing import is_packed, unpack
+from langgraph_vat._durable.packing import damaged, is_packed, unpack
 from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
@@ -177,7 +177,8 @@ class Unpacker:
         return self._open(blob, is_base=False)
 
     def _open(self, blob: Blob, *, is_base: bool) -> tuple[str, bytes]:
-        assert blob.data is not None
+        if blob.data is None:
+            raise damaged()  # a base that is empty
         place = blob_place(self._ns, blob.channel, blob.version)
         type_, data = self._codec.open(blob.type, blob.data, *place)
         base = self._base(blob.channel, blob.base)
