@@ -29,7 +29,7 @@ from langgraph_vat._ops.address import View, check, check_channels, check_run_id
 from langgraph_vat._ops.flush import flush, overdue
 from langgraph_vat._ops.schema import check_checkpoints, ddl, setup_checkpoints, warn_of_sealed
 from langgraph_vat._ops.shared import Counters
-from langgraph_vat._ops.tiers import refresh, require_hot
+from langgraph_vat._ops.tiers import enable_hot, refresh, require_hot
 from langgraph_vat._ops.values import address, to_tuple
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import Keyring
@@ -137,6 +137,29 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         if self._shared.keyring is None:
             await warn_of_sealed(backend)
         await refresh(self._shared, backend, may_try=True)
+
+    def enable_hot(self) -> None:
+        """
+        Put Redis before a database that was written without it, by others or with ``redis=None``.
+
+        Before, end the processes that write it so: the first thing they write
+        afterwards is refused, with the reason, by a trigger on the tables. On a new
+        database there is nothing to call; Redis is in place from the start.
+
+        Raises:
+            ConfigurationError: There is no Redis, or it belongs to another database.
+            SchemaError: Somebody's transaction did not let go of the tables.
+            UnavailableError: A tier does not answer.
+        """
+        drive(self._enable_hot(self._life.connections.blocking()))
+
+    async def aenable_hot(self) -> None:
+        """Like `enable_hot`."""
+        await self._enable_hot(await self._life.connections.asyncio())
+
+    async def _enable_hot(self, backend: Backend) -> None:
+        await setup_checkpoints(backend)
+        await enable_hot(self._shared, backend)
 
     def ddl(self) -> str:
         """

@@ -633,9 +633,17 @@ SHARE_STATE: LiteralString = """
 SELECT epoch FROM vat_state WHERE degraded_until IS NOT NULL FOR SHARE
 """
 
+# Whoever writes without knowing of Redis has ended, and the next finds that there is one.
+LOCK_TABLES: LiteralString = """
+LOCK TABLE checkpoints, checkpoint_blobs, checkpoint_writes IN SHARE ROW EXCLUSIVE MODE
+"""
+
+# What is there already may be written by others, too, who know nothing of Redis.
 CLAIM_HOT_TIER: LiteralString = """
-UPDATE vat_state SET hot_tier = %(hot_tier)s, hot_runs = %(hot_runs)s WHERE hot_tier IS NULL
-RETURNING hot_tier
+UPDATE vat_state SET hot_tier = %(hot_tier)s, hot_runs = %(hot_runs)s
+WHERE hot_tier IS NULL AND (%(is_asked)s OR NOT (
+    EXISTS (SELECT FROM checkpoints) OR EXISTS (SELECT FROM checkpoint_writes)
+))
 """
 
 # One that is degraded already goes on for longer.

@@ -17,7 +17,7 @@ LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 
 # Versions of langgraph-checkpoint-postgres that the statements below include.
 LANGGRAPH_VERSION = 9
-VERSION = 3
+VERSION = 4
 
 # In the schema that is ours, and in no other on the search path.
 HAS_SCHEMA: LiteralString = """
@@ -158,4 +158,45 @@ ALTER TABLE checkpoint_blobs
     "INSERT INTO vat_schema (version) VALUES (3) ON CONFLICT DO NOTHING",
 )
 
-MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (MIGRATION_1, MIGRATION_2, MIGRATION_3)
+
+def _guarded(table: LiteralString) -> tuple[LiteralString, ...]:
+    return (
+        "DROP TRIGGER IF EXISTS vat_refuse_strangers ON " + table,
+        "CREATE TRIGGER vat_refuse_strangers BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON "
+        + table
+        + " FOR EACH STATEMENT"
+        " WHEN (current_setting('langgraph_vat.writer', true) IS DISTINCT FROM 'hot')"
+        " EXECUTE FUNCTION vat_refuse_strangers()",
+    )
+
+
+# Once Redis may hold what Postgres does not have yet, whoever does not know of it
+# must not write here. By the definer's rights: a stranger's role may know nothing of ours.
+MIGRATION_4: tuple[LiteralString, ...] = (
+    """
+CREATE OR REPLACE FUNCTION vat_refuse_strangers() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $vat$
+DECLARE
+    is_hot boolean;
+BEGIN
+    EXECUTE format('SELECT hot_tier IS NOT NULL FROM %I.vat_state', TG_TABLE_SCHEMA) INTO is_hot;
+    IF is_hot THEN
+        RAISE EXCEPTION USING ERRCODE = 'LGV01', MESSAGE =
+            'langgraph-vat keeps newer checkpoints of this database in Redis, so nothing is'
+            ' written past it: others would go on from an older state. Nothing was written.',
+            HINT = 'Use HybridSaver with the redis= URL of the other processes.';
+    END IF;
+    RETURN NULL;
+END $vat$""",
+    *_guarded("checkpoints"),
+    *_guarded("checkpoint_blobs"),
+    *_guarded("checkpoint_writes"),
+    "INSERT INTO vat_schema (version) VALUES (4) ON CONFLICT DO NOTHING",
+)
+
+MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (
+    MIGRATION_1,
+    MIGRATION_2,
+    MIGRATION_3,
+    MIGRATION_4,
+)

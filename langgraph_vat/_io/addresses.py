@@ -50,7 +50,9 @@ class PostgresAddress:
         schema: Postgres schema of the tables; None for the role's default.
     """
 
-    def __init__(self, given: PostgresSource, settings: Settings, schema: str | None) -> None:
+    def __init__(
+        self, given: PostgresSource, settings: Settings, schema: str | None, *, is_hot: bool = False
+    ) -> None:
         self._source: Any = given
         self._extra: Any = {}
         if hasattr(given, "conninfo") and hasattr(given, "kwargs"):
@@ -74,6 +76,7 @@ class PostgresAddress:
             raise ConfigurationError(msg)
         self._timeout_s = settings.timeout_s
         self.schema = schema
+        self._is_hot = is_hot
         self._is_pooled: bool | None = None
         if not self._is_asked:
             self.parameters()
@@ -155,12 +158,17 @@ class PostgresAddress:
     def transaction(self) -> sql.Composed:
         """What each transaction begins with."""
         # Whoever holds locks and is frozen must not hold them for ever.
-        limit = sql.SQL("set_config('idle_in_transaction_session_timeout', {}, true)")
-        idle_ms = limit.format(sql.Literal(str(int(self._timeout_s * 3000))))
-        if not self.is_path_lost:
-            return sql.SQL("SELECT {}").format(idle_ms)
-        path = sql.SQL("set_config('search_path', {}, true)").format(sql.Literal(self._path))
-        return sql.SQL("SELECT {}, {}").format(path, idle_ms)
+        idle_ms = str(int(self._timeout_s * 3000))
+        settings = {"idle_in_transaction_session_timeout": idle_ms}
+        if self.is_path_lost:
+            settings["search_path"] = self._path
+        if self._is_hot:  # else the tables' triggers refuse what it writes
+            settings["langgraph_vat.writer"] = "hot"
+        calls = (
+            sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(value))
+            for name, value in settings.items()
+        )
+        return sql.SQL("SELECT {}").format(sql.SQL(", ").join(calls))
 
     @property
     def is_path_lost(self) -> bool:

@@ -54,7 +54,9 @@ class Connections:
         settings: Settings,
         schema: str | None = None,
     ) -> None:
-        self._postgres = PostgresAddress(postgres, settings, schema)
+        self._postgres = PostgresAddress(
+            postgres, settings, schema, is_hot=redis_source is not None
+        )
         self._redis = RedisAddress(redis_source, settings) if redis_source is not None else None
         self._settings = settings
         self._closed = False

@@ -10,7 +10,7 @@ import redis.asyncio
 
 from langgraph_vat._io.pool import AnswerTimeoutError, PoolTimeoutError
 from langgraph_vat._io.protocols import HotTierError
-from langgraph_vat.errors import SchemaError, UnavailableError
+from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError
 
 # Redis answers, but cannot take a write or does not know the data: replies of
 # a full server, a replica, a failed save, a cluster without its majority. Up
@@ -44,6 +44,8 @@ LOST = (
     psycopg.errors.IdleInTransactionSessionTimeout,
     psycopg.errors.ReadOnlySqlTransaction,  # no longer the primary
 )
+# The tables' trigger: they have a hot tier since this process looked.
+_REFUSED = "LGV01"
 # The server ended this session, or this transaction in favour of another.
 _ENDED = (
     psycopg.errors.DeadlockDetected,
@@ -70,7 +72,7 @@ def is_repeatable(error: psycopg.Error) -> bool:
 
 @contextmanager
 def map_postgres() -> Iterator[None]:
-    """Raise `UnavailableError` where Postgres is away, `SchemaError` where it is not set up."""
+    """Raise `UnavailableError` where Postgres is away, others by what it says."""
     try:
         yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
@@ -93,6 +95,10 @@ def map_postgres() -> Iterator[None]:
             " or not at all; repeat it once the server is well."
         )
         raise UnavailableError(msg) from error
+    except psycopg.DatabaseError as error:
+        if error.sqlstate == _REFUSED:
+            raise ConfigurationError(f"{error.diag.message_primary} Pass redis=.") from error
+        raise
 
 
 def every_primary(client: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ whose.
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import LiteralString
+from typing import LiteralString, TypeVar
 
 import psycopg
 from psycopg import sql as composing
@@ -19,6 +19,7 @@ from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat.errors import SchemaError
 
 logger = logging.getLogger("langgraph_vat")
+T = TypeVar("T")
 
 
 async def setup_checkpoints(backend: Backend) -> None:
@@ -95,18 +96,18 @@ async def warn_of_sealed(backend: Backend) -> None:
 
 
 async def migrate(
-    backend: Backend, body: Callable[[Session], Awaitable[None]], blockers: LiteralString
-) -> None:
-    """Run schema changes in a transaction; on a lock that is not to be had, name its holders."""
+    backend: Backend, body: Callable[[Session], Awaitable[T]], blockers: LiteralString
+) -> T:
+    """Run what locks tables in a transaction; if a lock is not to be had, name its holders."""
     try:
-        await backend.durable.transact(body)
+        return await backend.durable.transact(body)
     except psycopg.errors.LockNotAvailable as error:
         holders = [
             f"{name} (pid {pid}, {state})"
             for pid, name, state in await backend.durable.fetch(blockers)
         ]
         msg = (
-            "the schema could not be changed within 10 s, because other sessions hold its tables:"
+            "the tables could not be locked within 10 s, because other sessions use them:"
             f" {', '.join(holders) or 'unknown'}. Nothing was changed. End them, or try again."
         )
         raise SchemaError(msg) from error

@@ -27,8 +27,10 @@ from typing import LiteralString
 import psycopg
 
 from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable import schema
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Params, Row, Session
+from langgraph_vat._ops.schema import migrate
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -191,9 +193,7 @@ async def _attach(
         _refuse_foreign(found, hot_tier)
     is_lost = hot_tier is not None and (found is None or runs != hot_runs)
     if hot_tier is None:
-        ours = {"hot_tier": str(uuid.uuid4()), "hot_runs": runs}
-        await _change_row(backend, sql.CLAIM_HOT_TIER, ours)
-        hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
+        hot_tier = await _claim(backend, runs, is_asked=False)
     elif is_lost and not (is_start and shared.is_first):
         # It lost its memory, or one with an older memory took its place:
         # heads may be stale, and others may hold steps that only they have.
@@ -211,6 +211,52 @@ async def _attach(
         found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
         _refuse_foreign(found, hot_tier)
     shared.state.hot_runs = runs
+
+
+async def enable_hot(shared: Shared, backend: Backend) -> None:
+    """
+    Let Redis stand before a database that others wrote without it. They cannot any more.
+
+    Raises:
+        ConfigurationError: There is no Redis, or it belongs to another database.
+        UnavailableError: A tier does not answer.
+    """
+    if backend.hot is None:
+        raise ConfigurationError("enable_hot() needs a Redis: pass redis=. Nothing was changed.")
+    try:
+        runs = await backend.hot.run_ids()
+        found = await backend.hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
+    except HotTierError as error:
+        msg = f"Redis does not answer ({error}). Nothing was changed; repeat it."
+        raise UnavailableError(msg) from error
+    hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
+    if found is not None:
+        _refuse_foreign(found, hot_tier)
+    if hot_tier is None:
+        await _claim(backend, runs, is_asked=True)
+    await refresh(shared, backend, may_try=True)
+
+
+async def _claim(backend: Backend, runs: str, *, is_asked: bool) -> str:
+    """Return what Postgres calls its Redis from now on; this one, if it had none."""
+    ours = {"hot_tier": str(uuid.uuid4()), "hot_runs": runs, "is_asked": is_asked}
+
+    async def body(session: Session) -> str | None:
+        await session.execute(schema.LOCK_TIMEOUT)
+        await session.execute(sql.LOCK_STATE)
+        await session.execute(sql.LOCK_TABLES)
+        await session.execute(sql.CLAIM_HOT_TIER, ours)
+        hot_tier: str | None = (await session.fetch(sql.SELECT_STATE))[0][1]
+        return hot_tier
+
+    hot_tier = await migrate(backend, body, schema.BLOCKERS)
+    if hot_tier is None:
+        raise ConfigurationError(
+            "this database holds checkpoints that were written without Redis, perhaps by processes"
+            " that still run. Nothing was read or written. Stop them, and call enable_hot() once:"
+            " from then on they are refused. Until then leave out redis=."
+        )
+    return hot_tier
 
 
 async def _trust(shared: Shared, backend: Backend, runs: str) -> None:
