@@ -16,7 +16,7 @@ from langgraph_vat.errors import (
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.saver import HybridSaver
 from langgraph_vat.serde import EncryptedSerializer
-from langgraph_vat.settings import Settings
+from langgraph_vat.settings import Retention, Settings
 from langgraph_vat.store import SemanticStore
 from langgraph_vat.vat import Vat
 
@@ -29,6 +29,7 @@ __all__ = [
     "Keyring",
     "MigrationError",
     "QuarantinedError",
+    "Retention",
     "SchemaError",
     "SealError",
     "SemanticStore",

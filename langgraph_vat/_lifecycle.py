@@ -17,13 +17,16 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops.flush import flush, note_durable, overdue
 from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.sweep import sweep_in_turn
 from langgraph_vat._ops.threads import reopen_abandoned
 from langgraph_vat._ops.tiers import refresh
 from langgraph_vat.errors import UnavailableError, VatError
 from langgraph_vat.keyring import Keyring
-from langgraph_vat.settings import Settings
+from langgraph_vat.settings import Retention, Settings
 
 logger = logging.getLogger("langgraph_vat")
+
+_TICK_S = 60.0
 
 
 class Lifecycle:
@@ -36,6 +39,9 @@ class Lifecycle:
         self.shared = Shared(settings=settings, keyring=keyring, keys=Keys(settings.key_prefix))
         interval_s = min(settings.flush_after / 4, settings.epoch_ttl_s / 2)
         self._flusher = Background("langgraph-vat flusher", interval_s, self._round)
+        self._sweeper = Background(
+            "langgraph-vat sweeper", _tick_s(settings.retention), self._sweep
+        )
         atexit.register(self._end)
 
     def blocking(self) -> Backend:
@@ -60,6 +66,7 @@ class Lifecycle:
         self.shared.is_closing = True
         atexit.unregister(self._end)
         self._flusher.stop()
+        self._sweeper.stop()
         waiting = self.shared.copies.older_than(0)
         if waiting:
             self._flush_last(waiting)
@@ -69,6 +76,9 @@ class Lifecycle:
             raise closed()
         if self.connections.is_hot:
             self._flusher.start()
+        retention = self.shared.settings.retention
+        if retention and (retention.sweep_interval_minutes or retention.refresh_on_read):
+            self._sweeper.start()
 
     def _end(self) -> None:
         self.close()
@@ -84,11 +94,20 @@ class Lifecycle:
                 type(error).__name__,
             )
 
+    def _sweep(self) -> None:
+        drive(sweep_in_turn(self.shared, self.connections.blocking()))
+
     def _round(self) -> None:
         try:
             drive(_flush_overdue(self.shared, self.connections.blocking()))
         except UnavailableError:
             note_durable(self.shared, is_away=True)
+
+
+def _tick_s(retention: Retention | None) -> float:
+    """How often to look whether it is time to sweep: whoever ends meanwhile misses no turn."""
+    minutes = retention.sweep_interval_minutes if retention else None
+    return min(_TICK_S, (minutes or 60) * 60 / 2)
 
 
 async def _flush_overdue(shared: Shared, backend: Backend) -> None:

@@ -7,7 +7,10 @@ sealing is on. A version appears as text, as Postgres keeps it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
+
+from langgraph_vat.settings import Retention
 
 
 class Fence(NamedTuple):
@@ -68,6 +71,33 @@ class Write(NamedTuple):
     data: bytes
     base: str = ""
     """The version of the channel that it builds on, if Postgres keeps it as a patch."""
+
+
+class ThreadInfo(NamedTuple):
+    """What is told of a thread without reading any of its checkpoints."""
+
+    thread_id: str
+    created_at: datetime
+    updated_at: datetime
+    """When its last step, or write, came to Postgres."""
+    steps: int
+    """Checkpoints, of all namespaces."""
+    bytes: int
+    """About how large its values are, as they are stored."""
+    head_id: str
+    """Id of the newest checkpoint of the root namespace; empty if it has none."""
+    metadata: dict[str, Any]
+    """Of that checkpoint, what `Settings.thread_metadata` names."""
+    retention: Retention | None
+    """Its own policy, if it has one."""
+
+
+class Swept(NamedTuple):
+    """What a sweep let go of, or would."""
+
+    threads: int
+    checkpoints: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

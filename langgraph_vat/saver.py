@@ -35,6 +35,7 @@ from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import EncryptedSerializer, sealing
 from langgraph_vat.settings import Settings
+from langgraph_vat.threads import Threads
 
 
 class HybridSaver(Managed, BaseCheckpointSaver[str]):
@@ -213,6 +214,11 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         """How the tiers were used by this process so far."""
         return self._shared.counters
 
+    @property
+    def threads(self) -> Threads:
+        """Which threads there are, and for how long they are kept."""
+        return Threads(self._life, self._view)
+
     def scoped(self, tenant: str) -> Self:
         """
         Return a view that can neither read, list, write nor delete outside `tenant`.
@@ -371,6 +377,9 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             found = await hot.get_latest(self._shared, backend, self.serde, stored, namespace)
         if found is None:
             return None
+        retention = self._shared.settings.retention
+        if retention is not None and retention.refresh_on_read and not checkpoint_id:
+            self._shared.read.add(stored)
         snapshot, known = found
         return to_tuple(snapshot, known.codec(self.serde, stored), self._view.shown(stored))
 

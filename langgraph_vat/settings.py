@@ -1,18 +1,85 @@
 """What can be tuned, with units in the names; checked when it is set."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, TypeVar
 
 from langgraph_vat.errors import ConfigurationError
 
 # Longer than anybody waits, and short enough for the servers' own clocks.
 _DAY_S = 86_400
 _YEAR_S = 365 * _DAY_S
+# A thousand years.
+_MOST_MINUTES = 525_600_000
+T = TypeVar("T", "Retention", "Settings")
 
 
 def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigurationError(message)
+
+
+def _made(kind: type[T], given: Mapping[str, Any]) -> T:
+    names = [one.name for one in fields(kind)]
+    unknown = sorted(given.keys() - set(names))
+    _require(not unknown, f"no setting is called {unknown}; there are {', '.join(names)}")
+    return kind(**given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """
+    For how long threads are kept; the names are those of ``ttl`` in langgraph.json.
+
+    A thread expires when it was idle for `default_ttl`, or is `max_age` old.
+    Apart from that, of a thread that has more than `keep_last` checkpoints the
+    older ones go. Without any of the three everything is kept for ever.
+
+    Attributes:
+        default_ttl: Minutes after a thread's last step; None for ever.
+        max_age: Minutes after a thread's first step; None for ever.
+        keep_last: Newest checkpoints of each namespace to keep; None for all.
+        strategy: What becomes of a thread that expired: ``delete`` it, or keep
+            its newest checkpoints (``keep_latest``).
+        metadata: Only of threads whose metadata has these; see
+            `Settings.thread_metadata`.
+        refresh_on_read: Whether reading a thread's newest checkpoint counts as a step.
+        sweep_interval_minutes: Minutes between two sweeps, of which one process of all
+            does each; None to sweep only when `Threads.sweep` is called.
+    """
+
+    default_ttl: float | None = None
+    max_age: float | None = None
+    keep_last: int | None = None
+    strategy: str = "delete"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    refresh_on_read: bool = False
+    sweep_interval_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("default_ttl", "max_age", "keep_last", "sweep_interval_minutes"):
+            value, kinds = getattr(self, name), (int,) if name == "keep_last" else (int, float)
+            _require(
+                value is None or (type(value) in kinds and 0 < value <= _MOST_MINUTES),
+                f"{name} must be None, or a number from more than 0 to {_MOST_MINUTES:,}",
+            )
+        _require(
+            self.strategy in ("delete", "keep_latest"),
+            "strategy must be 'delete' or 'keep_latest'",
+        )
+        _require(isinstance(self.metadata, Mapping), "metadata must be a mapping")
+        _require(type(self.refresh_on_read) is bool, "refresh_on_read must be True or False")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Retention":
+        """
+        Return the policy that a mapping describes, such as ``ttl`` of langgraph.json.
+
+        Raises:
+            ConfigurationError: There is no such name, or it cannot work.
+        """
+        return _made(cls, given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +103,11 @@ class Settings:
             an older checkpoint is refused then, too.
         storage: ``compact`` compresses values, and keeps what grows or changes a
             little as patches; ``compatible`` stores what PostgresSaver can read.
+        thread_metadata: Keys of a checkpoint's metadata by which threads can be
+            searched, such as ``("user_id",)``. Their values are readable in
+            Postgres where the rest is sealed.
+        retention: For how long threads are kept: a `Retention`, or a mapping like
+            ``ttl`` in langgraph.json; None for ever. A thread may have its own.
         max_head_bytes: A state larger than this is not kept hot.
         pool_size: Most Postgres connections of a process, for blocking callers
             together and for each event loop.
@@ -53,6 +125,8 @@ class Settings:
     max_backlog_bytes: int = 256 * 2**20
     on_conflict: str = "fork"
     storage: str = "compact"
+    thread_metadata: tuple[str, ...] = ()
+    retention: Retention | None = None
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
     timeout_s: float = 10.0
@@ -60,12 +134,16 @@ class Settings:
     key_prefix: str = "vat"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            kinds = (int, float) if field.type is float else (type(field.default),)
-            value = getattr(self, field.name)
+        for one in fields(self):
+            kinds: tuple[type, ...] = (type(one.default),)
+            if one.type is float:
+                kinds = (int, float)
+            elif one.name == "retention":
+                kinds = (Retention, NoneType)
+            value = getattr(self, one.name)
             names = " or ".join(kind.__name__ for kind in kinds)
             _require(
-                type(value) in kinds, f"{field.name} must be {names}, not {type(value).__name__}"
+                type(value) in kinds, f"{one.name} must be {names}, not {type(value).__name__}"
             )
         _require(self.flush_every >= 1, "flush_every must be at least 1 super-step")
         _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
@@ -73,6 +151,10 @@ class Settings:
         _require(self.on_conflict in ("fork", "raise"), "on_conflict must be 'fork' or 'raise'")
         _require(
             self.storage in ("compact", "compatible"), "storage must be 'compact' or 'compatible'"
+        )
+        _require(
+            all(type(key) is str and key for key in self.thread_metadata),
+            "thread_metadata must be names of metadata",
         )
         _require(0 < self.flush_after <= _YEAR_S, "flush_after must be 0 seconds to a year")
         _require(1 <= self.head_ttl_s <= 10 * _YEAR_S, "head_ttl_s must be 1 second to 10 years")
@@ -86,14 +168,13 @@ class Settings:
         )
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Self:
+    def of(cls, given: dict[str, Any]) -> "Settings":
         """
         Return the settings that keyword arguments of a caller name.
 
         Raises:
             ConfigurationError: There is no such setting, or it cannot work.
         """
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(given.keys() - set(names))
-        _require(not unknown, f"no setting is called {unknown}; there are {', '.join(names)}")
-        return cls(**given)
+        if isinstance(given.get("retention"), Mapping):
+            given = {**given, "retention": Retention.of(given["retention"])}
+        return _made(cls, given)

@@ -161,7 +161,10 @@ def test_what_old_checkpoints_sent_is_not_lost(postgres_url, redis_url, is_hot):
         assert expected.checkpoint["channel_values"]["__pregel_tasks"] == sends
 
         redis = redis_url if is_hot else None
-        with HybridSaver.from_conn_string(postgres_url, redis=redis, flush_every=1) as ours:
+        ours = HybridSaver.from_conn_string(postgres_url, redis=redis, flush_every=1)
+        if is_hot:
+            ours.enable_hot()
+        with ours:
             for _ in range(2):
                 assert _shown(ours.get_tuple(config)) == _shown(expected)
                 assert _shown(ours.get_tuple(at("t"))) == _shown(expected)

@@ -68,9 +68,41 @@ EXISTING_THREADS: LiteralString = """
 SELECT thread_id FROM vat_threads WHERE thread_id = ANY(%(threads)s)
 """
 
+# Reading keeps a thread, where the policy says so.
 TOUCH_THREADS: LiteralString = """
 UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s)
 """
+
+_COUNTED: LiteralString = """
+(SELECT count(*) FROM checkpoints c WHERE c.thread_id = t.thread_id),
+coalesce((
+    SELECT sum(pg_column_size(c.checkpoint) + pg_column_size(c.metadata)
+               + coalesce(pg_column_size(c.vat_exact), 0))
+    FROM checkpoints c WHERE c.thread_id = t.thread_id
+), 0)
++ coalesce((
+    SELECT sum(pg_column_size(b.blob)) FROM checkpoint_blobs b WHERE b.thread_id = t.thread_id
+), 0)
++ coalesce((
+    SELECT sum(pg_column_size(w.blob)) FROM checkpoint_writes w WHERE w.thread_id = t.thread_id
+), 0)
+"""
+
+SELECT_SIZE: LiteralString = (
+    "SELECT" + _COUNTED + "FROM (VALUES (%(thread)s::text)) AS t (thread_id)"
+)
+
+# After rows came or went otherwise than by a flush.
+RECOUNT_THREADS: LiteralString = (
+    "UPDATE vat_threads t SET (steps, bytes, head_id, kept) = (SELECT"
+    + _COUNTED
+    + """, (
+    SELECT max(c.checkpoint_id) FROM checkpoints c
+    WHERE c.thread_id = t.thread_id AND c.checkpoint_ns = ''
+), 0)
+"""
+)
+RECOUNT_THREAD: LiteralString = RECOUNT_THREADS + "WHERE t.thread_id = %(thread)s"
 
 RAISE_HISTORY: LiteralString = """
 UPDATE vat_threads SET history = history + 1
@@ -137,7 +169,9 @@ SELECT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::
 ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO NOTHING
 """
 
+# With them what is told of the threads: an entry that comes again is not counted again.
 INSERT_CHECKPOINTS: LiteralString = """
+WITH stored AS (
 INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id,
                          checkpoint, metadata, vat_type, vat_exact)
 SELECT thread_id, checkpoint_ns, checkpoint_id, nullif(parent, ''),
@@ -148,6 +182,24 @@ FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(ids)s::text[], %(pare
 ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id) DO UPDATE
 SET parent_checkpoint_id = excluded.parent_checkpoint_id, checkpoint = excluded.checkpoint,
     metadata = excluded.metadata, vat_type = excluded.vat_type, vat_exact = excluded.vat_exact
+RETURNING thread_id, checkpoint_ns, checkpoint_id, metadata, xmax = 0 AS is_new
+), counted AS (
+    SELECT s.thread_id, count(*) FILTER (WHERE s.is_new) AS steps,
+        max(s.checkpoint_id) FILTER (WHERE s.checkpoint_ns = '') AS head_id,
+        (array_agg(s.metadata ORDER BY s.checkpoint_id DESC)
+         FILTER (WHERE s.checkpoint_ns = ''))[1] AS metadata
+    FROM stored s GROUP BY s.thread_id
+)
+UPDATE vat_threads t SET updated_at = now(), bytes = t.bytes + e.bytes,
+    steps = t.steps + coalesce(c.steps, 0),
+    head_id = greatest(t.head_id, c.head_id),
+    metadata = CASE WHEN t.head_id > c.head_id OR c.head_id IS NULL THEN t.metadata ELSE coalesce((
+        SELECT jsonb_object_agg(m.key, m.value) FROM jsonb_each(c.metadata) AS m
+        WHERE m.key = ANY(%(shown)s::text[])
+    ), '{}') END
+FROM unnest(%(touched)s::text[], %(sizes)s::bigint[]) AS e (thread_id, bytes)
+LEFT JOIN counted c ON c.thread_id = e.thread_id
+WHERE t.thread_id = e.thread_id
 """
 
 INSERT_FIRST_WRITES: LiteralString = """
@@ -446,13 +498,17 @@ DELETE_ROWS: tuple[LiteralString, ...] = (
 
 FORGET_THREAD: LiteralString = "DELETE FROM vat_threads WHERE thread_id = %(thread)s"
 
-# The newest checkpoint of each namespace, and the channels whose value must
+# The newest checkpoints of each namespace, and the channels whose value must
 # be rebuilt from its ancestors' writes (DeltaChannel leaves them counters).
 SELECT_HEADS: LiteralString = """
-SELECT DISTINCT ON (checkpoint_ns) checkpoint_ns, checkpoint_id,
-    ARRAY(SELECT jsonb_object_keys(
-        coalesce(metadata -> 'counters_since_delta_snapshot', '{}')))
-FROM checkpoints WHERE thread_id = %(thread)s
+SELECT checkpoint_ns, checkpoint_id, channels FROM (
+    SELECT checkpoint_ns, checkpoint_id,
+        ARRAY(SELECT jsonb_object_keys(
+            coalesce(metadata -> 'counters_since_delta_snapshot', '{}'))) AS channels,
+        row_number() OVER (PARTITION BY checkpoint_ns ORDER BY checkpoint_id DESC) AS place
+    FROM checkpoints WHERE thread_id = %(thread)s
+) AS c
+WHERE place <= %(most)s
 ORDER BY checkpoint_ns, checkpoint_id DESC
 """
 
@@ -511,6 +567,62 @@ WHERE b.thread_id = %(thread)s AND NOT EXISTS (
 )
 """,
 )
+
+# What a policy says of a thread: whether it has expired, and how many steps it may keep.
+# A thread's own policy stands for the saver's. What a sweep had to leave is no reason for
+# another one.
+_DUE: LiteralString = """
+SELECT t.thread_id, x.is_expired, p.policy ->> 'strategy', (p.policy ->> 'keep_last')::bigint
+FROM vat_threads t
+CROSS JOIN LATERAL (SELECT coalesce(t.retention, %(policy)s::jsonb)) AS p (policy)
+CROSS JOIN LATERAL (SELECT coalesce(greatest(
+    now() - t.updated_at > (p.policy ->> 'default_ttl')::float8 * interval '1 minute',
+    now() - t.created_at > (p.policy ->> 'max_age')::float8 * interval '1 minute'
+), false)) AS x (is_expired)
+WHERE t.metadata @> coalesce(p.policy -> 'metadata', '{}')
+AND (
+    x.is_expired AND (p.policy ->> 'strategy' = 'delete' OR t.steps > t.kept)
+    OR t.steps > (p.policy ->> 'keep_last')::bigint AND t.steps > t.kept
+)
+"""
+
+# The primary key is walked once, whatever the policies are.
+SELECT_DUE: LiteralString = (
+    _DUE
+    + """
+AND t.thread_id > %(after)s AND starts_with(t.thread_id, %(prefix)s)
+ORDER BY t.thread_id LIMIT %(limit)s
+"""
+)
+
+IS_DUE: LiteralString = _DUE + "AND t.thread_id = %(thread)s"
+
+NOTE_KEPT: LiteralString = "UPDATE vat_threads SET kept = steps WHERE thread_id = %(thread)s"
+
+# Of many processes one sweeps, each time.
+CLAIM_SWEEP: LiteralString = """
+UPDATE vat_state SET swept_at = now()
+WHERE swept_at IS NULL OR swept_at <= now() - %(seconds)s * interval '1 second'
+RETURNING swept_at
+"""
+
+SET_RETENTION: LiteralString = """
+UPDATE vat_threads SET retention = %(retention)s::jsonb WHERE thread_id = %(thread)s
+RETURNING thread_id
+"""
+
+SEARCH_THREADS: LiteralString = """
+SELECT thread_id, created_at, updated_at, steps, bytes, coalesce(head_id, ''), metadata, retention
+FROM vat_threads
+WHERE tenant = %(tenant)s AND steps > 0
+AND (updated_at, thread_id) < (%(before)s::timestamptz, %(before_id)s)
+AND (%(metadata)s::jsonb = '{}' OR metadata <> '{}' AND metadata @> %(metadata)s::jsonb)
+ORDER BY updated_at DESC, thread_id DESC LIMIT %(limit)s
+"""
+
+SELECT_TENANT: LiteralString = """
+SELECT thread_id FROM vat_threads WHERE tenant = %(tenant)s LIMIT 256
+"""
 
 RAISE_FLOOR: LiteralString = """
 INSERT INTO vat_floors (thread_id, checkpoint_ns, floor)
@@ -571,6 +683,10 @@ FROM checkpoint_writes WHERE thread_id = %(thread)s
     """
 INSERT INTO vat_floors (thread_id, checkpoint_ns, floor)
 SELECT %(target)s, checkpoint_ns, floor FROM vat_floors WHERE thread_id = %(thread)s
+""",
+    """
+UPDATE vat_threads t SET metadata = s.metadata FROM vat_threads s
+WHERE t.thread_id = %(target)s AND s.thread_id = %(thread)s
 """,
 )
 

@@ -12,6 +12,8 @@ InMemorySaver; with LangGraph's own ids any collation gives the same order.
 
 from typing import LiteralString
 
+from langgraph_vat._durable import checkpoints
+
 LOCK: LiteralString = "SELECT pg_advisory_xact_lock(hashtext('langgraph_vat'), 0)"
 LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 
@@ -170,6 +172,31 @@ def _guarded(table: LiteralString) -> tuple[LiteralString, ...]:
     )
 
 
+# What is told of a thread, kept by the flush that writes it; a tenant is read out of
+# the stored thread id.
+_THREADS: tuple[LiteralString, ...] = (
+    """
+ALTER TABLE vat_threads
+    ADD COLUMN IF NOT EXISTS steps BIGINT NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS bytes BIGINT NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS head_id TEXT COLLATE "C",
+    ADD COLUMN IF NOT EXISTS metadata JSONB NOT NULL DEFAULT '{}',
+    ADD COLUMN IF NOT EXISTS retention JSONB,
+    ADD COLUMN IF NOT EXISTS kept BIGINT NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS tenant TEXT NOT NULL GENERATED ALWAYS AS (
+        CASE WHEN thread_id ~ '^vat-tenant:[0-9]{1,3}:' THEN substr(
+            thread_id, 13 + length(split_part(thread_id, ':', 2)),
+            split_part(thread_id, ':', 2)::integer
+        ) ELSE '' END
+    ) STORED""",
+    "CREATE INDEX IF NOT EXISTS vat_threads_active ON vat_threads (tenant, updated_at, thread_id)",
+    """
+CREATE INDEX IF NOT EXISTS vat_threads_metadata ON vat_threads
+USING gin (metadata jsonb_path_ops) WHERE metadata <> '{}'""",
+    "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS swept_at TIMESTAMPTZ",
+    checkpoints.RECOUNT_THREADS,
+)
+
 # Once Redis may hold what Postgres does not have yet, whoever does not know of it
 # must not write here. By the definer's rights: a stranger's role may know nothing of ours.
 MIGRATION_4: tuple[LiteralString, ...] = (
@@ -188,6 +215,7 @@ BEGIN
     END IF;
     RETURN NULL;
 END $vat$""",
+    *_THREADS,
     *_guarded("checkpoints"),
     *_guarded("checkpoint_blobs"),
     *_guarded("checkpoint_writes"),

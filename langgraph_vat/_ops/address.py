@@ -83,6 +83,7 @@ class View:
 
     def __init__(self, tenant: str | None) -> None:
         self.is_scoped = tenant is not None
+        self.tenant = tenant or ""
         self.prefix = TENANTS
         if tenant is not None:
             self.prefix += f"{len(check('tenant', tenant))}:{tenant}:"

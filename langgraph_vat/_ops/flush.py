@@ -23,7 +23,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
-from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
+from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Row, Session
 from langgraph_vat._ops.compact import Packed, Packing, pack_entries
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
@@ -298,8 +298,7 @@ async def _write(
     if pairs:
         is_compact = shared.settings.storage == "compact"
         packing = await pack_entries(shared, session, pairs, is_compact=is_compact)
-        await _insert(session, pairs, packing)
-        await session.execute(sql.TOUCH_THREADS, {"threads": list(wanted)})
+        await _insert(session, pairs, packing, shared.settings.thread_metadata)
 
 
 # Rows to insert, by their primary keys.
@@ -438,9 +437,13 @@ def _is_orphan(
     return (thread_id, ns, parent_id) in checks.orphans and (ns, parent_id) not in here
 
 
-async def _insert(session: Session, pairs: list[tuple[str, Entry]], packing: Packing) -> None:
+async def _insert(
+    session: Session, pairs: list[tuple[str, Entry]], packing: Packing, shown: Sequence[str]
+) -> None:
+    """Insert entries; and with the checkpoints, last, what is told of their threads."""
     puts = [(t, e) for t, e in pairs if isinstance(e, PutEntry)]
-    await _insert_blobs(session, puts, packing)
+    stored = await _insert_blobs(session, puts, packing)
+    stored += await _insert_writes(session, pairs, packing)
     checkpoints = {
         (t, e.checkpoint_ns, e.checkpoint_id): (e.parent_id, *_core_columns(e)) for t, e in puts
     }
@@ -454,10 +457,12 @@ async def _insert(session: Session, pairs: list[tuple[str, Entry]], packing: Pac
         "types",
         "exacts",
     )
-    if checkpoints:
-        rows = [(*key, *value) for key, value in checkpoints.items()]
-        await session.execute(sql.INSERT_CHECKPOINTS, columns(rows, *names))
-    await _insert_writes(session, pairs, packing)
+    rows = [(*key, *value) for key, value in checkpoints.items()]
+    sizes = dict.fromkeys((thread_id for thread_id, _ in pairs), 0)
+    for thread_id, *values in (*rows, *stored):
+        sizes[thread_id] += sum(len(v) for v in values if isinstance(v, bytes | str))
+    params = {**columns(rows, *names), **columns(list(sizes.items()), "touched", "sizes")}
+    await session.execute(sql.INSERT_CHECKPOINTS, {**params, "shown": list(shown)})
 
 
 def _core_columns(entry: PutEntry) -> tuple[str, str, str, bytes | None]:
@@ -468,7 +473,8 @@ def _core_columns(entry: PutEntry) -> tuple[str, str, str, bytes | None]:
 
 async def _insert_blobs(
     session: Session, puts: list[tuple[str, PutEntry]], packing: Packing
-) -> None:
+) -> list[Row]:
+    """Insert values; return the rows that are new, if their versions are."""
     new: _Values = {}
     kept: _Values = {}
     for thread_id, entry in puts:
@@ -481,17 +487,19 @@ async def _insert_blobs(
             elif key not in packing.present:
                 new[key] = packing.blobs.get(key, Packed(blob.type, blob.data)).columns
     names = ("threads", "namespaces", "channels", "versions", "types", "blobs")
-    if new:
-        rows = [(*key, *value) for key, value in new.items()]
+    rows: list[Row] = [(*key, *value) for key, value in new.items()]
+    others: list[Row] = [(*key, *value) for key, value in kept.items()]
+    if rows:
         await session.execute(sql.INSERT_BLOBS, columns(rows, *names, "steps", "bases"))
-    if kept:
-        rows = [(*key, *value) for key, value in kept.items()]
-        await session.execute(sql.INSERT_MISSING_BLOBS, columns(rows, *names))
+    if others:
+        await session.execute(sql.INSERT_MISSING_BLOBS, columns(others, *names))
+    return rows
 
 
 async def _insert_writes(
     session: Session, pairs: list[tuple[str, Entry]], packing: Packing
-) -> None:
+) -> list[Row]:
+    """Insert pending writes; return their rows."""
     first: _Values = {}
     last: _Values = {}
     for thread_id, entry in pairs:
@@ -520,12 +528,13 @@ async def _insert_writes(
         "blobs",
         "bases",
     )
-    if first:
-        rows = [(*key, *value) for key, value in first.items()]
-        await session.execute(sql.INSERT_FIRST_WRITES, columns(rows, *names))
-    if last:
-        rows = [(*key, *value) for key, value in last.items()]
-        await session.execute(sql.INSERT_LAST_WRITES, columns(rows, *names, "epochs"))
+    firsts: list[Row] = [(*key, *value) for key, value in first.items()]
+    lasts: list[Row] = [(*key, *value) for key, value in last.items()]
+    if firsts:
+        await session.execute(sql.INSERT_FIRST_WRITES, columns(firsts, *names))
+    if lasts:
+        await session.execute(sql.INSERT_LAST_WRITES, columns(lasts, *names, "epochs"))
+    return firsts + lasts
 
 
 async def _trim(shared: Shared, backend: Backend, hot: Hot, batch: _Batch) -> None:

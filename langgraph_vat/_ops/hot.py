@@ -118,6 +118,7 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
             metadata=new.metadata,
             new_versions=new.new_versions,
             is_whole=mode != "delta",
+            shown_keys=shared.settings.thread_metadata,
         )
         answer, detail = await _send(shared, backend, new.thread_id, entry, _put_call(entry, mode))
         if answer == b"ok":

@@ -8,6 +8,8 @@ the fence it was written under, and Postgres knows the present one.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -33,36 +35,54 @@ async def delete_thread(shared: Shared, backend: Backend, thread_id: str) -> Non
     await change_history(shared, backend, thread_id, body, is_deletion=True)
 
 
-async def keep_latest(shared: Shared, backend: Backend, thread_id: str) -> None:
-    """
-    Keep the newest checkpoint of each namespace, with its writes and values.
+async def delete_tenant(shared: Shared, backend: Backend, tenant: str) -> int:
+    """Delete the threads of a tenant that there are; return how many."""
+    deleted = 0
+    while rows := await backend.durable.fetch(sql.SELECT_TENANT, {"tenant": tenant}):
+        for (thread_id,) in rows:
+            await delete_thread(shared, backend, thread_id)
+        deleted += len(rows)
+    return deleted
 
-    Ancestors stay where a DeltaChannel's value must still be rebuilt from
-    their writes.
-    """
+
+async def retain(shared: Shared, backend: Backend, thread_id: str, policy: str | None) -> None:
+    """Set a thread's own policy."""
+    params = {"thread": thread_id, "retention": policy}
+    known = await find(shared, backend, thread_id, create=False)
+    if known is None or not await backend.durable.fetch(sql.SET_RETENTION, params):
+        raise InvalidInputError(f"there is no thread {thread_id!r} to keep; nothing was written")
+
+
+async def keep_latest(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Keep the newest checkpoint of each namespace, with its writes and values."""
 
     async def body(session: Session, _: Fence) -> None:
-        for namespace, head, channels in await session.fetch(
-            sql.SELECT_HEADS, {"thread": thread_id}
-        ):
-            await _keep(session, thread_id, namespace, head, channels)
-        for statement in sql.COLLECT:
-            await session.execute(statement, {"thread": thread_id})
+        await keep(session, thread_id, 1)
 
     await change_history(shared, backend, thread_id, body)
 
 
-async def _keep(
-    session: Session, thread_id: str, namespace: str, head: str, channels: Sequence[str]
-) -> None:
-    params: dict[str, Any] = {"thread": thread_id, "namespace": namespace, "floor": head}
-    kept = [head]
-    if channels:
-        chain = {**params, "checkpoint": head, "channels": list(channels)}
-        kept += [row[0] for row in await session.fetch(sql.SELECT_CHAIN, chain)]
-    params["kept"] = kept
-    for statement in (sql.PRUNE_WRITES, sql.PRUNE_CHECKPOINTS, sql.RAISE_FLOOR):
-        await session.execute(statement, params)
+async def keep(session: Session, thread_id: str, most: int) -> None:
+    """
+    Keep so many of the newest checkpoints of each namespace.
+
+    Ancestors stay where a DeltaChannel's value must still be rebuilt from
+    their writes.
+    """
+    only: dict[str, Any] = {"thread": thread_id}
+    heads = await session.fetch(sql.SELECT_HEADS, {**only, "most": most})
+    for namespace, rows in groupby(heads, key=itemgetter(0)):
+        newest = [(checkpoint_id, channels) for _, checkpoint_id, channels in rows]
+        params = {**only, "namespace": namespace, "floor": newest[-1][0]}
+        kept = {checkpoint_id for checkpoint_id, _ in newest}
+        for checkpoint_id, channels in newest:
+            if channels:
+                chain = {**params, "checkpoint": checkpoint_id, "channels": channels}
+                kept |= {row[0] for row in await session.fetch(sql.SELECT_CHAIN, chain)}
+        for statement in (sql.PRUNE_WRITES, sql.PRUNE_CHECKPOINTS, sql.RAISE_FLOOR):
+            await session.execute(statement, {**params, "kept": sorted(kept)})
+    for statement in (*sql.COLLECT, sql.RECOUNT_THREAD):
+        await session.execute(statement, only)
 
 
 async def delete_for_runs(
@@ -80,7 +100,7 @@ async def delete_for_runs(
         await session.execute(sql.NOTE_DELETED_RUNS, params)
 
     async def body(thread_id: str, session: Session, _: Fence) -> None:
-        for statement in (*sql.DELETE_RUNS, *sql.COLLECT):
+        for statement in (*sql.DELETE_RUNS, *sql.COLLECT, sql.RECOUNT_THREAD):
             await session.execute(statement, {**params, "thread": thread_id})
 
     threads = [row[0] for row in await backend.durable.fetch(sql.THREADS_OF_RUNS, params)]
@@ -121,6 +141,7 @@ async def copy_thread(
         if source.data_key is not None:
             codecs = source.codec(serde, source_id), target.codec(serde, target_id)
             await _reseal(session, target_id, *codecs)
+        await session.execute(sql.RECOUNT_THREAD, {"thread": target_id})
 
     await change_history(shared, backend, target_id, body)
 

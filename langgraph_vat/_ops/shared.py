@@ -124,6 +124,8 @@ class Shared:
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)
     quarantine: dict[str, Exception] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+    """Threads whose reading counts as a step, since the last time that it was counted."""
     baseless: dict[bytes, float] = field(default_factory=dict)
     """Since when entries wait for what they build on, by their uid."""
     is_first: bool = False

@@ -95,7 +95,16 @@ async def _add(
         wrapped = DataKey.generate().wrap(shared.keyring, associated_data=bound)
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
     added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
+    if not is_sealed:
+        await _recount(backend, thread_id)
     return added[0], added[1], added[2]
+
+
+async def _recount(backend: Backend, thread_id: str) -> None:
+    async def body(session: Session) -> None:
+        await session.execute(sql.RECOUNT_THREAD, {"thread": thread_id})
+
+    await backend.durable.transact(body)
 
 
 def _bound(thread_id: str, generation: str) -> bytes:
@@ -284,12 +293,14 @@ async def change_history(
     body: Callable[[Session, Fence], Awaitable[None]],
     *,
     is_deletion: bool = False,
+    is_flushed: bool | None = None,
 ) -> bool:
     """
     Run `body` under the thread's lock, with no step and no cached read in between.
 
     `body` changes rows of the thread; the new fence, or no fence for a
-    deletion, is committed with them.
+    deletion, is committed with them. Before a deletion nothing is flushed,
+    unless `is_flushed` says so.
 
     Returns:
         Whether there was such a thread.
@@ -298,7 +309,15 @@ async def change_history(
         found = await _find_row(shared, backend, thread_id, create=False)
         if found is None:
             return False
-        if await _change(shared, backend, thread_id, found[0], body, is_deletion=is_deletion):
+        if await _change(
+            shared,
+            backend,
+            thread_id,
+            found[0],
+            body,
+            is_deletion=is_deletion,
+            is_flushed=not is_deletion if is_flushed is None else is_flushed,
+        ):
             return True
 
 
@@ -310,13 +329,14 @@ async def _change(
     body: Callable[[Session, Fence], Awaitable[None]],
     *,
     is_deletion: bool,
+    is_flushed: bool,
 ) -> bool:
     """Change a thread that is at `fence`; return False where it is no longer."""
     hot = await _close(shared, backend, thread_id, fence)
     is_past = hot is None and backend.hot is not None
     done = False
     try:
-        if not is_deletion:
+        if is_flushed:
             await flush(shared, backend, [thread_id])
         done = await _under_lock(
             shared, backend, thread_id, fence, body, is_deletion=is_deletion, is_past=is_past

@@ -148,10 +148,10 @@ async def _read_row(shared: Shared, backend: Backend) -> tuple[float, Row]:
         shared.state.lease_s = row[4]
         if row[4] >= own_s or backend.hot is None:
             return read_at, row
-        await _change_row(backend, sql.LENGTHEN_LEASE, {"seconds": own_s})
+        await change_row(backend, sql.LENGTHEN_LEASE, {"seconds": own_s})
 
 
-async def _change_row(backend: Backend, statement: LiteralString, params: Params) -> list[Row]:
+async def change_row(backend: Backend, statement: LiteralString, params: Params) -> list[Row]:
     """Change the row, when the transactions that hold it have ended."""
 
     async def body(session: Session) -> list[Row]:
@@ -261,7 +261,7 @@ async def _claim(backend: Backend, runs: str, *, is_asked: bool) -> str:
 
 async def _trust(shared: Shared, backend: Backend, runs: str) -> None:
     params, was_degraded = {"epoch": shared.state.epoch, "hot_runs": runs}, shared.is_degraded
-    rows = await _change_row(backend, sql.TRUST_HOT_TIER, params)
+    rows = await change_row(backend, sql.TRUST_HOT_TIER, params)
     if rows:  # else another process did, and the next look at the row tells
         _learn(shared, rows[0][0], now(), is_degraded=False)
     if rows and was_degraded:
@@ -319,13 +319,13 @@ async def _stay_past(shared: Shared, backend: Backend) -> None:
         return
     seconds = _DEGRADED_TTLS * shared.settings.epoch_ttl_s
     params = {"epoch": shared.state.epoch, "seconds": seconds}
-    await _change_row(backend, sql.EXTEND_EPOCH, params)
+    await change_row(backend, sql.EXTEND_EPOCH, params)
 
 
 async def _raise_epoch(
     shared: Shared, backend: Backend, seconds: float, hot_runs: str | None
 ) -> None:
     params = {"seconds": seconds, "hot_runs": hot_runs}
-    rows = await _change_row(backend, sql.RAISE_EPOCH, params)
+    rows = await change_row(backend, sql.RAISE_EPOCH, params)
     epoch, shared.state.lease_s = rows[0]
     _learn(shared, epoch, now(), is_degraded=True)

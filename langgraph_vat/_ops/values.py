@@ -8,7 +8,7 @@ exactly what was put in. The rest is kept exact beside it.
 """
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -42,14 +42,24 @@ _CHECKPOINT_KEYS = frozenset(
 
 
 def encode_core(
-    checkpoint: Mapping[str, Any], metadata: Mapping[str, Any], codec: Codec, place: Sequence[str]
+    checkpoint: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    codec: Codec,
+    place: Sequence[str],
+    shown_keys: Collection[str],
 ) -> Core:
-    """Split a checkpoint and its metadata into what stays readable and what is kept exact."""
+    """
+    Split a checkpoint and its metadata into what stays readable and what is kept exact.
+
+    Of sealed metadata LangGraph's bookkeeping stays readable, and `shown_keys`.
+    """
     is_sealed = isinstance(codec, SealedCodec)
     shown = {
         key: value
         for key, value in metadata.items()
-        if (key in READABLE_METADATA or not is_sealed) and is_plain(key) and is_plain(value)
+        if (not is_sealed or key in READABLE_METADATA or key in shown_keys)
+        and is_plain(key)
+        and is_plain(value)
     }
     hidden = {
         key: value
@@ -74,6 +84,7 @@ def encode_put(
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
     is_whole: bool,
+    shown_keys: Collection[str] = (),
 ) -> PutEntry:
     """
     Encode one put: the new versions' values, or the values of all channels.
@@ -92,7 +103,7 @@ def encode_put(
         parent_id=parent_id,
         run_id=str(metadata.get("run_id", "")),
         core=encode_core(
-            checkpoint, cast("Any", metadata), codec, (checkpoint_ns, checkpoint["id"])
+            checkpoint, cast("Any", metadata), codec, (checkpoint_ns, checkpoint["id"]), shown_keys
         ),
         blobs=tuple(
             encode_blob(codec, checkpoint_ns, channel, versions[channel], values)

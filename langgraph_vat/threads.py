@@ -1,0 +1,151 @@
+"""Threads as a whole: which there are, for how long they are kept, and that a tenant's go."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langgraph_vat._io.driver import drive
+from langgraph_vat._io.protocols import Backend
+from langgraph_vat._lifecycle import Lifecycle
+from langgraph_vat._ops import retention, sweep
+from langgraph_vat._ops import search_threads as searching
+from langgraph_vat._ops.address import View
+from langgraph_vat._records import Swept, ThreadInfo
+from langgraph_vat.errors import InvalidInputError
+from langgraph_vat.settings import Retention
+
+
+class Threads:
+    """
+    What a saver tells of its threads, and does with many of them.
+
+    It is had from `HybridSaver.threads`, and sees what that saver, or view of
+    a tenant, may touch.
+    """
+
+    def __init__(self, life: Lifecycle, view: View) -> None:
+        self._life = life
+        self._view = view
+
+    def search(
+        self,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        before: ThreadInfo | None = None,
+        limit: int = 20,
+    ) -> Sequence[ThreadInfo]:
+        """
+        Return threads, those with the newest steps first, without reading checkpoints.
+
+        Threads that only another saver has written so far are not among them;
+        they are once they were read.
+
+        Args:
+            metadata: What their metadata must contain; of the keys that
+                `Settings.thread_metadata` names.
+            before: The last thread of the page before: threads after it.
+            limit: Most threads to return.
+
+        Raises:
+            InvalidInputError: An argument cannot be searched for.
+            UnavailableError: Postgres does not answer.
+        """
+        return drive(self._search(self._life.blocking(), metadata, before, limit))
+
+    async def asearch(
+        self,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        before: ThreadInfo | None = None,
+        limit: int = 20,
+    ) -> Sequence[ThreadInfo]:
+        """Like `search`."""
+        return await self._search(await self._life.asyncio(), metadata, before, limit)
+
+    async def _search(
+        self,
+        backend: Backend,
+        metadata: Mapping[str, Any] | None,
+        before: ThreadInfo | None,
+        limit: int,
+    ) -> Sequence[ThreadInfo]:
+        if before is not None:
+            before = before._replace(thread_id=self._view.stored(before.thread_id))
+        found = await searching.search_threads(
+            self._life.shared, backend, self._view.tenant, metadata or {}, before, limit
+        )
+        return [one._replace(thread_id=self._view.shown(one.thread_id)) for one in found]
+
+    def retain(self, thread_id: str, policy: Retention | None) -> None:
+        """
+        Give a thread a policy of its own, which stands for the saver's.
+
+        Args:
+            thread_id: The thread.
+            policy: ``Retention()`` keeps it for ever; None takes its own away.
+
+        Raises:
+            InvalidInputError: There is no such thread.
+        """
+        drive(self._retain(self._life.blocking(), thread_id, policy))
+
+    async def aretain(self, thread_id: str, policy: Retention | None) -> None:
+        """Like `retain`."""
+        await self._retain(await self._life.asyncio(), thread_id, policy)
+
+    async def _retain(self, backend: Backend, thread_id: str, policy: Retention | None) -> None:
+        stored = self._view.stored(thread_id)
+        await retention.retain(self._life.shared, backend, stored, sweep.to_json(policy))
+
+    def sweep(self, policy: Retention | None = None, *, dry_run: bool = False) -> Swept:
+        """
+        Delete or prune the threads that have expired, one by one.
+
+        A thread that is used meanwhile is left alone. It may be stopped at any
+        moment, and run in many processes. From a saver, not a tenant's view of
+        it, it sweeps the threads of all tenants, too.
+
+        Args:
+            policy: For threads without their own; None for the saver's.
+            dry_run: Whether to tell only what would go.
+
+        Returns:
+            How many threads, checkpoints and bytes went, or would.
+        """
+        return drive(self._sweep(self._life.blocking(), policy, is_dry=dry_run))
+
+    async def asweep(self, policy: Retention | None = None, *, dry_run: bool = False) -> Swept:
+        """Like `sweep`."""
+        return await self._sweep(await self._life.asyncio(), policy, is_dry=dry_run)
+
+    async def _sweep(self, backend: Backend, policy: Retention | None, *, is_dry: bool) -> Swept:
+        shared = self._life.shared
+        return await sweep.sweep(
+            shared,
+            backend,
+            policy or shared.settings.retention,
+            prefix=self._view.prefix if self._view.is_scoped else "",
+            is_dry=is_dry,
+        )
+
+    def delete_all(self) -> int:
+        """
+        Delete all threads of a tenant; return how many there were.
+
+        Stopped, it can be run again. Threads that others make meanwhile may stay.
+
+        Raises:
+            InvalidInputError: This is not a tenant's view; see `HybridSaver.scoped`.
+        """
+        return drive(self._delete_all(self._life.blocking()))
+
+    async def adelete_all(self) -> int:
+        """Like `delete_all`."""
+        return await self._delete_all(await self._life.asyncio())
+
+    async def _delete_all(self, backend: Backend) -> int:
+        if not self._view.is_scoped:
+            raise InvalidInputError(
+                "only a tenant's threads can be deleted all at once: use scoped(tenant).threads."
+                " Nothing was deleted."
+            )
+        return await retention.delete_tenant(self._life.shared, backend, self._view.tenant)
