@@ -390,6 +390,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         filter: dict[str, Any] | None = None,
         before: RunnableConfig | None = None,
         limit: int | None = None,
+        values: bool = True,
     ) -> Iterator[CheckpointTuple]:
         """
         Return checkpoints, newest first across threads and namespaces.
@@ -401,8 +402,10 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             filter: Metadata that must be equal, key by key.
             before: Only checkpoints with a smaller id than this one's.
             limit: Most checkpoints to return.
+            values: Whether to read channel values and pending writes, too. Without
+                them a list of large states is much faster.
         """
-        listing = self._listing(config, filter, before)
+        listing = self._listing(config, filter, before, has_values=values)
         cursor, left = None, limit
         while left is None or left > 0:
             page = history.page(
@@ -422,9 +425,10 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         filter: dict[str, Any] | None = None,
         before: RunnableConfig | None = None,
         limit: int | None = None,
+        values: bool = True,
     ) -> AsyncIterator[CheckpointTuple]:
         """Like `list`."""
-        listing = self._listing(config, filter, before)
+        listing = self._listing(config, filter, before, has_values=values)
         cursor, left = None, limit
         while left is None or left > 0:
             backend = await self._life.asyncio()
@@ -493,22 +497,38 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
                 self._shared, backend, checked, prefix=view.prefix, is_scoped=view.is_scoped
             )
 
-    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+    def copy_thread(
+        self, source_thread_id: str, target_thread_id: str, *, checkpoint_id: str | None = None
+    ) -> None:
         """
-        Copy a thread with its whole history.
+        Copy a thread with its whole history, or with that of one checkpoint.
+
+        Args:
+            source_thread_id: The thread.
+            target_thread_id: One that has no checkpoints.
+            checkpoint_id: A checkpoint of the root namespace, which becomes the
+                newest of the copy; None for all.
 
         Raises:
             InvalidInputError: There is no such source, or the target is not empty.
         """
-        drive(self._copy_thread(self._life.blocking(), source_thread_id, target_thread_id))
+        ids = source_thread_id, target_thread_id
+        drive(self._copy_thread(self._life.blocking(), *ids, checkpoint_id))
 
-    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+    async def acopy_thread(
+        self, source_thread_id: str, target_thread_id: str, *, checkpoint_id: str | None = None
+    ) -> None:
         """Like `copy_thread`."""
-        await self._copy_thread(await self._life.asyncio(), source_thread_id, target_thread_id)
+        ids = source_thread_id, target_thread_id
+        await self._copy_thread(await self._life.asyncio(), *ids, checkpoint_id)
 
-    async def _copy_thread(self, backend: Backend, source: str, target: str) -> None:
+    async def _copy_thread(
+        self, backend: Backend, source: str, target: str, checkpoint_id: str | None
+    ) -> None:
         ids = self._view.stored(source), self._view.stored(target)
-        await retention.copy_thread(self._shared, backend, self.serde, *ids)
+        if checkpoint_id is not None:
+            check("checkpoint_id", checkpoint_id)
+        await retention.copy_thread(self._shared, backend, self.serde, *ids, checkpoint_id)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """
@@ -567,6 +587,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         config: RunnableConfig | None,
         filter: Mapping[str, Any] | None,
         before: RunnableConfig | None,
+        *,
+        has_values: bool,
     ) -> history.Listing:
         found = config["configurable"] if config else {}
         stored, namespace, checkpoint_id = self._where(config) if config else (None, None, "")
@@ -578,6 +600,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             filter=filter or {},
             prefix=self._view.prefix,
             is_scoped=self._view.is_scoped,
+            has_values=has_values,
         )
 
     def _shown(self, stored: str, found: CheckpointTuple) -> CheckpointTuple:

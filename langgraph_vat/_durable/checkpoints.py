@@ -393,9 +393,8 @@ AND c.checkpoint_id = %(checkpoint)s
 # One page of a list, newest first. Each absent condition is a null. Equal ids
 # in several threads or namespaces (copies) are ordered by those. A scoped view
 # sees the thread ids with its prefix; the unscoped one, those without any tenant's.
-SELECT_PAGE: LiteralString = (
-    _SNAPSHOT
-    + """
+# Containing is what an index finds; being equal is asked of what it found.
+_PAGE: LiteralString = """
 WHERE (%(thread)s::text IS NULL OR c.thread_id = %(thread)s)
 AND starts_with(c.thread_id, %(prefix)s) = %(scoped)s
 AND (%(namespace)s::text IS NULL OR c.checkpoint_ns = %(namespace)s)
@@ -404,6 +403,7 @@ AND (%(before)s::text IS NULL OR c.checkpoint_id < %(before)s)
 AND (%(after_id)s::text IS NULL
      OR (c.checkpoint_id, c.thread_id, c.checkpoint_ns)
         < (%(after_id)s, %(after_thread)s, %(after_namespace)s))
+AND c.metadata @> jsonb_strip_nulls(%(filter)s::jsonb)
 AND NOT EXISTS (
     SELECT FROM jsonb_each(%(filter)s::jsonb) AS f
     WHERE coalesce(c.metadata -> f.key, 'null') <> f.value
@@ -411,6 +411,18 @@ AND NOT EXISTS (
 ORDER BY c.checkpoint_id DESC, c.thread_id DESC, c.checkpoint_ns DESC
 LIMIT %(limit)s
 """
+
+SELECT_PAGE: LiteralString = _SNAPSHOT + _PAGE
+
+# Without values and writes, which may be large.
+SELECT_LIGHT_PAGE: LiteralString = (
+    """
+SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoint_id, ''),
+    c.checkpoint - 'channel_values', c.metadata, coalesce(c.vat_type, ''),
+    coalesce(c.vat_exact, ''), '{}'::text[], '{}'::text[], '{}'::text[], '{}'::text[]
+FROM checkpoints c
+"""
+    + _PAGE
 )
 
 # The ancestors of a checkpoint that some channel's value still depends on:
@@ -634,12 +646,11 @@ BUMP_HISTORY: LiteralString = (
     "UPDATE vat_threads SET history = history + 1 WHERE thread_id = %(thread)s"
 )
 
-# No index serves this one: deleting runs reads every checkpoint's metadata.
 THREADS_OF_RUNS: LiteralString = """
-SELECT DISTINCT thread_id FROM checkpoints
-WHERE metadata ->> 'run_id' = ANY(%(runs)s)
-AND starts_with(thread_id, %(prefix)s) = %(scoped)s
-ORDER BY thread_id
+SELECT DISTINCT c.thread_id FROM unnest(%(runs)s::text[]) AS r (run_id)
+JOIN checkpoints c ON c.metadata @> jsonb_build_object('run_id', r.run_id)
+WHERE starts_with(c.thread_id, %(prefix)s) = %(scoped)s
+ORDER BY c.thread_id
 """
 
 NOTE_DELETED_RUNS: LiteralString = """
@@ -687,6 +698,32 @@ SELECT %(target)s, checkpoint_ns, floor FROM vat_floors WHERE thread_id = %(thre
     """
 UPDATE vat_threads t SET metadata = s.metadata FROM vat_threads s
 WHERE t.thread_id = %(target)s AND s.thread_id = %(thread)s
+""",
+)
+
+# The checkpoint, its ancestors, and what subgraphs stored on the way from one to the next.
+KEEP_ANCESTORS: tuple[LiteralString, ...] = (
+    """
+WITH RECURSIVE kept AS (
+    SELECT checkpoint_id, parent_checkpoint_id FROM checkpoints
+    WHERE thread_id = %(thread)s AND checkpoint_ns = '' AND checkpoint_id = %(checkpoint)s
+    UNION
+    SELECT p.checkpoint_id, p.parent_checkpoint_id FROM kept k
+    JOIN checkpoints p ON p.thread_id = %(thread)s AND p.checkpoint_ns = ''
+        AND p.checkpoint_id = k.parent_checkpoint_id
+)
+DELETE FROM checkpoints c
+WHERE c.thread_id = %(thread)s AND NOT EXISTS (
+    SELECT FROM kept k WHERE k.checkpoint_id = CASE c.checkpoint_ns
+        WHEN '' THEN c.checkpoint_id ELSE c.metadata -> 'parents' ->> '' END
+)
+""",
+    """
+DELETE FROM checkpoint_writes w
+WHERE w.thread_id = %(thread)s AND NOT EXISTS (
+    SELECT FROM checkpoints c WHERE c.thread_id = w.thread_id
+    AND c.checkpoint_ns = w.checkpoint_ns AND c.checkpoint_id = w.checkpoint_id
+)
 """,
 )
 

@@ -194,6 +194,13 @@ ALTER TABLE vat_threads
 CREATE INDEX IF NOT EXISTS vat_threads_metadata ON vat_threads
 USING gin (metadata jsonb_path_ops) WHERE metadata <> '{}'""",
     "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS swept_at TIMESTAMPTZ",
+    # The newest of all threads, and those whose metadata has something.
+    """
+CREATE INDEX IF NOT EXISTS vat_checkpoints_newest
+ON checkpoints (checkpoint_id, thread_id, checkpoint_ns)""",
+    """
+CREATE INDEX IF NOT EXISTS vat_checkpoints_metadata
+ON checkpoints USING gin (metadata jsonb_path_ops)""",
     checkpoints.RECOUNT_THREADS,
 )
 

@@ -47,6 +47,7 @@ class Listing:
     filter: Mapping[str, Any]
     prefix: str
     is_scoped: bool
+    has_values: bool
 
 
 Cursor = tuple[str, str, str]
@@ -108,7 +109,8 @@ async def page(
     if cursor is None:
         await flush_waiting(shared, backend, listing.thread_id)
     size = _PAGE if most is None else max(1, min(most, _PAGE))
-    rows = await backend.durable.fetch(sql.SELECT_PAGE, _page_params(shared, listing, cursor, size))
+    statement = sql.SELECT_PAGE if listing.has_values else sql.SELECT_LIGHT_PAGE
+    rows = await backend.durable.fetch(statement, _page_params(shared, listing, cursor, size))
     found = []
     for row in rows:
         snapshot = to_snapshot(row)

@@ -110,10 +110,15 @@ async def delete_for_runs(
 
 
 async def copy_thread(
-    shared: Shared, backend: Backend, serde: SerializerProtocol, source_id: str, target_id: str
+    shared: Shared,
+    backend: Backend,
+    serde: SerializerProtocol,
+    source_id: str,
+    target_id: str,
+    checkpoint_id: str | None,
 ) -> None:
     """
-    Copy a thread with its whole history to an id that has none.
+    Copy a thread with its whole history, or one checkpoint's, to an id that has none.
 
     Raises:
         InvalidInputError: There is no such source, or the target has checkpoints.
@@ -138,12 +143,26 @@ async def copy_thread(
             raise InvalidInputError(msg)
         for statement in sql.COPY_ROWS:
             await session.execute(statement, {"thread": source_id, "target": target_id})
+        if checkpoint_id is not None:
+            await _keep_ancestors(session, source_id, target_id, checkpoint_id)
         if source.data_key is not None:
             codecs = source.codec(serde, source_id), target.codec(serde, target_id)
             await _reseal(session, target_id, *codecs)
         await session.execute(sql.RECOUNT_THREAD, {"thread": target_id})
 
     await change_history(shared, backend, target_id, body)
+
+
+async def _keep_ancestors(
+    session: Session, source_id: str, target_id: str, checkpoint_id: str
+) -> None:
+    params = {"thread": target_id, "namespace": "", "checkpoint": checkpoint_id}
+    if not await session.fetch(sql.SELECT_ONE, params):
+        raise InvalidInputError(
+            f"thread {source_id!r} has no checkpoint {checkpoint_id!r}; nothing was copied"
+        )
+    for statement in (*sql.KEEP_ANCESTORS, *sql.COLLECT):
+        await session.execute(statement, params)
 
 
 async def _reseal(session: Session, thread_id: str, source: Codec, target: Codec) -> None:
