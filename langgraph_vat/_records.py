@@ -100,6 +100,16 @@ class Swept(NamedTuple):
     bytes: int
 
 
+class Rewritten(NamedTuple):
+    """What was stored in another form."""
+
+    threads: int
+    values: int
+    """Of channels, and pending writes."""
+    left: int
+    """Values that could not be opened, or threads whose key is not here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutEntry:
     """One acknowledged `put`. `needs` and `kept` are (channel, version) pairs."""

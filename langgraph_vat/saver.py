@@ -217,7 +217,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
     @property
     def threads(self) -> Threads:
         """Which threads there are, and for how long they are kept."""
-        return Threads(self._life, self._view)
+        return Threads(self._life, self._view, self.serde)
 
     def scoped(self, tenant: str) -> Self:
         """

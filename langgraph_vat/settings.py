@@ -10,6 +10,7 @@ from langgraph_vat.errors import ConfigurationError
 # Longer than anybody waits, and short enough for the servers' own clocks.
 _DAY_S = 86_400
 _YEAR_S = 365 * _DAY_S
+STORAGES = ("compact", "compatible")
 # A thousand years.
 _MOST_MINUTES = 525_600_000
 T = TypeVar("T", "Retention", "Settings")
@@ -149,9 +150,7 @@ class Settings:
         _require(self.max_backlog >= self.flush_every, "max_backlog must be at least flush_every")
         _require(self.max_backlog_bytes >= 1, "max_backlog_bytes must be at least 1 byte")
         _require(self.on_conflict in ("fork", "raise"), "on_conflict must be 'fork' or 'raise'")
-        _require(
-            self.storage in ("compact", "compatible"), "storage must be 'compact' or 'compatible'"
-        )
+        _require(self.storage in STORAGES, f"storage must be one of {STORAGES}")
         _require(
             all(type(key) is str and key for key in self.thread_metadata),
             "thread_metadata must be names of metadata",

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Lifecycle
-from langgraph_vat._ops import retention, sweep
+from langgraph_vat._ops import retention, rewrite, sweep
 from langgraph_vat._ops import search_threads as searching
 from langgraph_vat._ops.address import View
-from langgraph_vat._records import Swept, ThreadInfo
+from langgraph_vat._records import Rewritten, Swept, ThreadInfo
 from langgraph_vat.errors import InvalidInputError
-from langgraph_vat.settings import Retention
+from langgraph_vat.settings import STORAGES, Retention
 
 
 class Threads:
@@ -22,9 +24,15 @@ class Threads:
     a tenant, may touch.
     """
 
-    def __init__(self, life: Lifecycle, view: View) -> None:
+    def __init__(self, life: Lifecycle, view: View, serde: SerializerProtocol) -> None:
         self._life = life
         self._view = view
+        self._serde = serde
+
+    @property
+    def _everything(self) -> str:
+        """What the ids of a tenant's threads begin with; or those of all threads, of any tenant."""
+        return self._view.prefix if self._view.is_scoped else ""
 
     def search(
         self,
@@ -123,8 +131,38 @@ class Threads:
             shared,
             backend,
             policy or shared.settings.retention,
-            prefix=self._view.prefix if self._view.is_scoped else "",
+            prefix=self._everything,
             is_dry=is_dry,
+        )
+
+    def rewrite(self, storage: str) -> Rewritten:
+        """
+        Store what is there in another form, thread by thread, while all goes on.
+
+        It may be stopped at any moment; run again, it goes on. Before the way back
+        to PostgresSaver, give every saver ``storage="compatible"``.
+
+        Args:
+            storage: ``compact``, or ``compatible`` with PostgresSaver.
+
+        Raises:
+            InvalidInputError: There is no such form.
+        """
+        return drive(self._rewrite(self._life.blocking(), storage))
+
+    async def arewrite(self, storage: str) -> Rewritten:
+        """Like `rewrite`."""
+        return await self._rewrite(await self._life.asyncio(), storage)
+
+    async def _rewrite(self, backend: Backend, storage: str) -> Rewritten:
+        if storage not in STORAGES:
+            raise InvalidInputError(f"storage must be one of {STORAGES}; nothing was rewritten")
+        return await rewrite.rewrite(
+            self._life.shared,
+            backend,
+            self._serde,
+            prefix=self._everything,
+            is_compact=storage == "compact",
         )
 
     def delete_all(self) -> int:

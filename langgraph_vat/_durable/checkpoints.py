@@ -159,7 +159,8 @@ FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
 ON CONFLICT (thread_id, checkpoint_ns, channel, version) DO UPDATE
 SET type = excluded.type, blob = excluded.blob,
     vat_step = excluded.vat_step, vat_bases = excluded.vat_bases
-WHERE checkpoint_blobs.blob IS DISTINCT FROM excluded.blob
+WHERE (checkpoint_blobs.blob, checkpoint_blobs.vat_step)
+    IS DISTINCT FROM (excluded.blob, excluded.vat_step)
 """
 
 INSERT_MISSING_BLOBS: LiteralString = """
@@ -237,17 +238,22 @@ WHERE w.vat_epoch IS NULL OR w.vat_epoch <= excluded.vat_epoch
 """
 
 # Of each channel the newest version that has a value, and those versions of the
-# batch that are stored already.
+# batch that are stored already; or, of a batch that is stored already, the newest
+# one before it.
 SELECT_LINES: LiteralString = """
 SELECT 'newest', n.thread_id, n.checkpoint_ns, n.channel, b.version, coalesce(b.vat_step, 0),
     coalesce(b.vat_bases, '{}')
 FROM (
-    SELECT DISTINCT * FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[])
-) AS n (thread_id, checkpoint_ns, channel)
+    SELECT thread_id, checkpoint_ns, channel, min(version)
+    FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
+                %(versions)s::text[]) AS e (thread_id, checkpoint_ns, channel, version)
+    GROUP BY thread_id, checkpoint_ns, channel
+) AS n (thread_id, checkpoint_ns, channel, first)
 CROSS JOIN LATERAL (
     SELECT version, vat_step, vat_bases FROM checkpoint_blobs b
     WHERE b.thread_id = n.thread_id AND b.checkpoint_ns = n.checkpoint_ns
-    AND b.channel = n.channel AND b.blob IS NOT NULL ORDER BY b.version DESC LIMIT 1
+    AND b.channel = n.channel AND b.blob IS NOT NULL
+    AND (b.version < n.first OR NOT %(is_stored)s) ORDER BY b.version DESC LIMIT 1
 ) AS b
 UNION ALL
 SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, 0,
@@ -255,6 +261,7 @@ SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, 0,
 FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
             %(versions)s::text[]) AS n (thread_id, checkpoint_ns, channel, version)
 JOIN checkpoint_blobs b USING (thread_id, checkpoint_ns, channel, version)
+WHERE NOT %(is_stored)s
 """
 
 SELECT_BLOBS: LiteralString = """
@@ -760,6 +767,51 @@ FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(blobs)s::bytea[])
     AS n (checkpoint_ns, checkpoint_id, exact)
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
 AND c.checkpoint_id = n.checkpoint_id
+"""
+
+# --- rewriting -----------------------------------------------------------
+
+NEXT_THREAD: LiteralString = """
+SELECT thread_id FROM checkpoints
+WHERE thread_id > %(after)s AND starts_with(thread_id, %(prefix)s) ORDER BY thread_id LIMIT 1
+"""
+
+_BLOBS_AFTER: LiteralString = """
+SELECT checkpoint_ns, channel, version, type, blob, vat_bases FROM checkpoint_blobs
+WHERE thread_id = %(thread)s AND blob IS NOT NULL
+AND (checkpoint_ns, channel, version) > (%(namespace)s, %(channel)s, %(version)s)
+"""
+_BY_VERSION: LiteralString = "ORDER BY checkpoint_ns, channel, version LIMIT %(limit)s"
+SELECT_LOOSE_BLOBS: LiteralString = (
+    _BLOBS_AFTER + "AND vat_step IS NULL AND octet_length(blob) >= %(least)s " + _BY_VERSION
+)
+SELECT_PACKED_BLOBS: LiteralString = _BLOBS_AFTER + "AND vat_step IS NOT NULL " + _BY_VERSION
+
+_WRITES_AFTER: LiteralString = """
+SELECT checkpoint_ns, checkpoint_id, task_id, idx, channel, type, blob, vat_bases
+FROM checkpoint_writes
+WHERE thread_id = %(thread)s AND channel <> '__pregel_tasks'
+AND (checkpoint_ns, checkpoint_id, task_id, idx)
+    > (%(namespace)s, %(checkpoint)s, %(task)s, %(idx)s)
+"""
+_BY_TASK: LiteralString = "ORDER BY checkpoint_ns, checkpoint_id, task_id, idx LIMIT %(limit)s"
+SELECT_LOOSE_WRITES: LiteralString = (
+    _WRITES_AFTER
+    + "AND strpos(type, '+vat.zstd') + strpos(type, '+vat.patch') = 0"
+    + " AND octet_length(blob) >= %(least)s "
+    + _BY_TASK
+)
+SELECT_PACKED_WRITES: LiteralString = (
+    _WRITES_AFTER + "AND strpos(type, '+vat.zstd') + strpos(type, '+vat.patch') > 0 " + _BY_TASK
+)
+
+REWRITE_WRITES: LiteralString = """
+UPDATE checkpoint_writes w SET type = n.type, blob = n.blob, vat_bases = NULL
+FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(tasks)s::text[], %(idxs)s::int[],
+            %(types)s::text[], %(blobs)s::bytea[])
+    AS n (checkpoint_ns, checkpoint_id, task_id, idx, type, blob)
+WHERE w.thread_id = %(thread)s AND w.checkpoint_ns = n.checkpoint_ns
+AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.idx
 """
 
 # --- the tiers as a whole ------------------------------------------------

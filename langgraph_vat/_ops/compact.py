@@ -108,6 +108,18 @@ async def pack_entries(
     return packing
 
 
+async def pack_stored(
+    session: Session, codec: Codec, thread_id: str, values: dict[BlobKey, Value]
+) -> dict[BlobKey, Packed]:
+    """Pack values that a thread has, open; they come in the order of their versions."""
+    stored = await _Stored.read(session, {thread_id: codec}, list(values), is_stored=True)
+    lines: dict[LineKey, _Line] = {}
+    return {
+        key: _pack_blob(stored, codec, key, lines.setdefault(key[:3], stored.line(key[:3])), value)
+        for key, value in values.items()
+    }
+
+
 def _codecs(shared: Shared, pairs: Pairs) -> dict[str, Codec]:
     """Return how to open each thread's values, for those whose key is here."""
     found = {}
@@ -189,13 +201,23 @@ class _Stored:
 
     @classmethod
     async def read(
-        cls, session: Session, codecs: dict[str, Codec], new: Sequence[BlobKey]
+        cls,
+        session: Session,
+        codecs: dict[str, Codec],
+        new: Sequence[BlobKey],
+        *,
+        is_stored: bool = False,
     ) -> "_Stored":
-        """Read the lines that go on, and what the new values will build on."""
+        """
+        Read the lines that go on, and what the new values will build on.
+
+        With `is_stored` they are not new, and their lines those that lead to them.
+        """
         if not new:
             return cls(codecs, [], [])
         names = ("threads", "namespaces", "channels", "versions")
-        rows = await session.fetch(sql.SELECT_LINES, columns(new, *names))
+        params = {**columns(new, *names), "is_stored": is_stored}
+        rows = await session.fetch(sql.SELECT_LINES, params)
         found = cls(codecs, rows, [])
         needed: set[BlobKey] = set()
         for kind, *key, _, bases in rows:

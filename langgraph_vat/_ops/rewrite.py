@@ -1,0 +1,188 @@
+"""
+Store what is there in the other form: compact, or as PostgresSaver reads it.
+
+What a value says does not change, so heads, fences and journals go on as they
+are. A transaction takes some rows of a thread under its lock. It may be
+stopped after any of them and run again: what has the wanted form is passed
+over. Values that cannot be opened are left alone, and counted.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
+from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.packing import LEAST, pack
+from langgraph_vat._durable.rows import columns
+from langgraph_vat._io.protocols import Backend, Row, Session
+from langgraph_vat._ops.compact import BlobKey, pack_stored
+from langgraph_vat._ops.history import flush_waiting
+from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.threads import find
+from langgraph_vat._ops.values import Unpacker, blob_place, write_place
+from langgraph_vat._records import Blob, Rewritten, Write
+from langgraph_vat._seal.codec import Codec
+from langgraph_vat.errors import SealError
+
+logger = logging.getLogger("langgraph_vat")
+
+# Rows of one transaction: while it runs, a step of that thread waits to be flushed.
+_MOST_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A thread to rewrite, and into which form."""
+
+    thread_id: str
+    known: Known
+    codec: Codec
+    is_compact: bool
+
+
+async def rewrite(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, *, prefix: str, is_compact: bool
+) -> Rewritten:
+    """Rewrite all threads whose stored ids begin with `prefix`; return what was done."""
+    done, after = Rewritten(0, 0, 0), ""
+    params = {"prefix": prefix}
+    while rows := await backend.durable.fetch(sql.NEXT_THREAD, {**params, "after": after}):
+        after = rows[0][0]
+        try:
+            known = await find(shared, backend, after, create=False)
+        except SealError:
+            done = done._replace(left=done.left + 1)
+            continue
+        if known is not None:
+            await flush_waiting(shared, backend, after)
+            task = _Task(after, known, known.codec(serde, after), is_compact)
+            done = Rewritten(*map(sum, zip(done, await _thread(backend, task), strict=True)))
+    return done
+
+
+async def _thread(backend: Backend, task: _Task) -> Rewritten:
+    values = left = 0
+    for page, places in ((_blobs, 3), (_writes, 4)):
+        after: Sequence[Any] = ("", "", "", -1)[:places]
+        is_more = True
+        while is_more:
+
+            async def body(
+                session: Session, after: Sequence[Any] = after, page: Any = page
+            ) -> tuple[list[Row], int]:
+                rows = await session.fetch(sql.LOCK_THREADS, {"threads": [task.thread_id]})
+                if not rows or rows[0][1] != task.known.fence.generation:
+                    return [], 0
+                found: tuple[list[Row], int] = await page(session, task, after)
+                await session.execute(sql.RECOUNT_THREAD, {"thread": task.thread_id})
+                return found
+
+            rows, rewritten = await backend.durable.transact(body)
+            values, left = values + rewritten, left + len(rows) - rewritten
+            is_more = len(rows) == _MOST_ROWS
+            after = rows[-1][:places] if rows else after
+    if left:
+        logger.warning("%d values of thread %r cannot be opened", left, task.thread_id)
+    return Rewritten(1, values, left)
+
+
+async def _blobs(session: Session, task: _Task, after: Sequence[Any]) -> tuple[list[Row], int]:
+    """Rewrite values of channels; return the rows looked at, and how many were rewritten."""
+    names = ("namespace", "channel", "version")
+    statement = sql.SELECT_LOOSE_BLOBS if task.is_compact else sql.SELECT_PACKED_BLOBS
+    rows = await _page(session, task, statement, dict(zip(names, after, strict=True)))
+    if not rows:
+        return rows, 0
+    if task.is_compact:
+        values: dict[BlobKey, tuple[str, bytes]] = {}
+        for ns, channel, version, type_, data, _ in rows:
+            place = blob_place(ns, channel, version)
+            if (opened := _opened(task.codec, type_, data, place)) is not None:
+                values[task.thread_id, ns, channel, version] = opened
+        packed = await pack_stored(session, task.codec, task.thread_id, values)
+        new = [(*key, *value.columns) for key, value in packed.items()]
+    else:
+        new = [
+            (task.thread_id, *key, *value, None, "[]")
+            for key, value in (await _whole(session, task, rows)).items()
+        ]
+    names_ = ("threads", "namespaces", "channels", "versions", "types", "blobs", "steps", "bases")
+    if new:
+        await session.execute(sql.INSERT_BLOBS, columns(new, *names_))
+    return rows, len(new)
+
+
+async def _whole(
+    session: Session, task: _Task, rows: Sequence[Row]
+) -> dict[tuple[str, str, str], tuple[str, bytes]]:
+    """Return values without anything that they build on, sealed again."""
+    needed = {
+        (task.thread_id, ns, channel, base)
+        for ns, channel, _, _, _, bases in rows
+        for base in bases or ()
+    }
+    bases = await _read_bases(session, needed)
+    found = {}
+    for ns, channel, version, type_, data, builds_on in rows:
+        unpacker = Unpacker(task.codec, ns, [blob for at, blob in bases if at == ns])
+        blob = Blob(channel, version, type_, data, (builds_on or [""])[-1])
+        place = blob_place(ns, channel, version)
+        try:
+            found[ns, channel, version] = task.codec.seal(*unpacker.blob(blob), *place)
+        except SealError:
+            continue
+    return found
+
+
+async def _writes(session: Session, task: _Task, after: Sequence[Any]) -> tuple[list[Row], int]:
+    """Likewise of pending writes."""
+    names = ("namespace", "checkpoint", "task", "idx")
+    statement = sql.SELECT_LOOSE_WRITES if task.is_compact else sql.SELECT_PACKED_WRITES
+    rows = await _page(session, task, statement, dict(zip(names, after, strict=True)))
+    needed = {(task.thread_id, row[0], row[4], base) for row in rows for base in row[7] or ()}
+    bases = await _read_bases(session, needed)
+    new = []
+    for ns, checkpoint_id, task_id, idx, channel, type_, data, builds_on in rows:
+        unpacker = Unpacker(task.codec, ns, [blob for at, blob in bases if at == ns])
+        write = Write(task_id, idx, "", channel, type_, data, (builds_on or [""])[-1])
+        try:
+            value = unpacker.write(checkpoint_id, write)
+        except SealError:
+            continue
+        if task.is_compact:
+            value = pack(*value)
+        place = write_place(ns, checkpoint_id, write)
+        new.append((ns, checkpoint_id, task_id, idx, *task.codec.seal(*value, *place)))
+    names_ = ("namespaces", "ids", "tasks", "idxs", "types", "blobs")
+    if new:
+        params = {**columns(new, *names_), "thread": task.thread_id}
+        await session.execute(sql.REWRITE_WRITES, params)
+    return rows, len(new)
+
+
+async def _page(
+    session: Session, task: _Task, statement: LiteralString, after: dict[str, Any]
+) -> list[Row]:
+    params = {"thread": task.thread_id, "least": LEAST, "limit": _MOST_ROWS, **after}
+    return await session.fetch(statement, params)
+
+
+async def _read_bases(session: Session, needed: set[BlobKey]) -> list[tuple[str, Blob]]:
+    """Return what values build on, with the namespace of each."""
+    if not needed:
+        return []
+    names = ("threads", "namespaces", "channels", "versions")
+    rows = await session.fetch(sql.SELECT_BLOBS, columns(sorted(needed), *names))
+    return [(ns, Blob(*columns_)) for _, ns, *columns_ in rows]
+
+
+def _opened(
+    codec: Codec, type_: str, data: bytes, place: Sequence[str]
+) -> tuple[str, bytes] | None:
+    try:
+        return codec.open(type_, data, *place)
+    except SealError:
+        return None
