@@ -27,6 +27,8 @@ from langgraph_vat.settings import Retention, Settings
 logger = logging.getLogger("langgraph_vat")
 
 _TICK_S = 60.0
+# The table without which there is no saver.
+NEEDS = "vat_schema"
 
 
 class Lifecycle:
@@ -46,13 +48,17 @@ class Lifecycle:
 
     def blocking(self) -> Backend:
         """The backend for blocking callers."""
+        self._refuse_closed()
+        backend = self.connections.blocking(NEEDS)
         self._start()
-        return self.connections.blocking()
+        return backend
 
     async def asyncio(self) -> Backend:
         """The backend for callers on the running event loop."""
+        self._refuse_closed()
+        backend = await self.connections.asyncio(NEEDS)
         self._start()
-        return await self.connections.asyncio()
+        return backend
 
     def close(self) -> None:
         """
@@ -71,9 +77,11 @@ class Lifecycle:
         if waiting:
             self._flush_last(waiting)
 
-    def _start(self) -> None:
+    def _refuse_closed(self) -> None:
         if self.shared.is_closing:
             raise closed()
+
+    def _start(self) -> None:
         if self.connections.is_hot:
             self._flusher.start()
         retention = self.shared.settings.retention

@@ -59,7 +59,16 @@ class ConflictError(VatError):
     """
 
 
-class QuarantinedError(VatError):
+class RefusedError(VatError):
+    """
+    A rule of the database refuses data: a constraint, a trigger, a type.
+
+    Nothing of the operation is in Postgres. Its name and table are told, never
+    the row.
+    """
+
+
+class QuarantinedError(RefusedError):
     """
     Earlier steps of this thread cannot be stored in Postgres.
 

@@ -27,7 +27,13 @@ from langgraph_vat._lifecycle import Lifecycle
 from langgraph_vat._ops import history, hot, retention
 from langgraph_vat._ops.address import View, check, check_channels, check_run_ids
 from langgraph_vat._ops.flush import flush, overdue
-from langgraph_vat._ops.schema import check_checkpoints, ddl, setup_checkpoints, warn_of_sealed
+from langgraph_vat._ops.schema import (
+    check_checkpoints,
+    ddl,
+    prepare,
+    setup_checkpoints,
+    warn_of_sealed,
+)
 from langgraph_vat._ops.shared import Counters
 from langgraph_vat._ops.tiers import enable_hot, refresh, require_hot
 from langgraph_vat._ops.values import address, to_tuple
@@ -134,6 +140,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
 
     async def _setup(self, backend: Backend) -> None:
         await require_hot(self._shared, backend, self._life.connections.redis_address)
+        await prepare(backend, self._life.connections.schema)
         await setup_checkpoints(backend)
         if self._shared.keyring is None:
             await warn_of_sealed(backend)
@@ -159,6 +166,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         await self._enable_hot(await self._life.connections.asyncio())
 
     async def _enable_hot(self, backend: Backend) -> None:
+        await prepare(backend, self._life.connections.schema)
         await setup_checkpoints(backend)
         await enable_hot(self._shared, backend)
 
@@ -166,9 +174,10 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         """
         Return the SQL that `setup` runs, for whoever may change the schema.
 
-        It is run in one transaction (``psql -1``), on a new database or an older one,
-        and may be run again. `setup` then finds nothing to do: the role that runs the
-        graphs needs SELECT, INSERT, UPDATE and DELETE, and nothing else.
+        A script of one transaction (``psql -v ON_ERROR_STOP=1``), for a new database or
+        an older one; it may be run again. Then `setup` finds nothing to do: the role
+        that runs the graphs needs USAGE on the schema, and SELECT, INSERT, UPDATE and
+        DELETE on its tables.
         """
         return ddl(self._life.connections.schema)
 
@@ -180,11 +189,14 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             SchemaError: The schema is newer than this package.
             UnavailableError: Postgres does not answer.
         """
-        return drive(check_checkpoints(self._life.connections.blocking()))
+        return drive(self._check(self._life.connections.blocking()))
 
     async def acheck(self) -> Sequence[str]:
         """Like `check`."""
-        return await check_checkpoints(await self._life.connections.asyncio())
+        return await self._check(await self._life.connections.asyncio())
+
+    async def _check(self, backend: Backend) -> Sequence[str]:
+        return await check_checkpoints(backend, self._life.connections.schema)
 
     def flush(self) -> None:
         """Move every dirty thread's journal to Postgres, other processes' too."""
@@ -198,14 +210,20 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         await flush(self._shared, backend, await overdue(self._shared, backend, own_s=0, any_s=0))
 
     def close(self) -> None:
-        """Flush what this process holds and close its connections. May be called again."""
-        self._life.close()
-        self._life.connections.close()
+        """
+        Flush what this process holds and close its connections. May be called again.
+
+        A tenant's view closes nothing: others use the same connections.
+        """
+        if not self._view.is_scoped:
+            self._life.close()
+            self._life.connections.close()
 
     async def aclose(self) -> None:
         """Like `close`, with the connections of the running event loop."""
-        await asyncio.to_thread(self._life.close)
-        await self._life.connections.aclose()
+        if not self._view.is_scoped:
+            await asyncio.to_thread(self._life.close)
+            await self._life.connections.aclose()
 
     # --- views -----------------------------------------------------------
 
@@ -223,11 +241,16 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         """
         Return a view that can neither read, list, write nor delete outside `tenant`.
 
-        It shares connections and everything else with this saver.
+        It shares connections and everything else with this saver, which is the one
+        to close.
 
         Raises:
-            InvalidInputError: The tenant's name cannot be stored.
+            InvalidInputError: The tenant's name cannot be stored, or this is a
+                tenant's view already.
         """
+        if self._view.is_scoped:
+            raise InvalidInputError("this is a tenant's view already; take another from the saver")
+        check("tenant", tenant)
         view = copy.copy(self)
         view._view = View(tenant)  # noqa: SLF001 - a copy of this very object
         return view

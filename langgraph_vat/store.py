@@ -11,13 +11,18 @@ from langgraph_vat._io.addresses import PostgresSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
+from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops import items
+from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
+
+# The table without which there is no store.
+NEEDS = "vat_store_keys"
 
 
 class SemanticStore(Managed, BaseStore):
@@ -96,25 +101,30 @@ class SemanticStore(Managed, BaseStore):
             SchemaError: They cannot be brought up to date; pgvector is missing.
             ConfigurationError: The table's vectors have other dimensions.
         """
-        backend, index = self._connections.blocking(), self._items.index
-        drive(setup_items(backend, index, create_extension=create_extension))
+        drive(self._setup(self._connections.blocking(), create_extension=create_extension))
 
     async def asetup(self, *, create_extension: bool = True) -> None:
         """Like `setup`."""
-        backend, index = await self._connections.asyncio(), self._items.index
-        await setup_items(backend, index, create_extension=create_extension)
+        await self._setup(await self._connections.asyncio(), create_extension=create_extension)
 
-    def ddl(self) -> str:
+    async def _setup(self, backend: Backend, *, create_extension: bool) -> None:
+        await prepare(backend, self._connections.schema)
+        await setup_items(backend, self._items.index, create_extension=create_extension)
+
+    def ddl(self, *, create_extension: bool = True) -> str:
         """Return the SQL that `setup` runs; see `HybridSaver.ddl`."""
-        return ddl(self._connections.schema, self._items.index)
+        return ddl(self._connections.schema, self._items.index, create_extension=create_extension)
 
     def check(self) -> Sequence[str]:
         """Return what the tables or the role lack; see `HybridSaver.check`."""
-        return drive(check_items(self._connections.blocking(), self._items.index))
+        return drive(self._check(self._connections.blocking()))
 
     async def acheck(self) -> Sequence[str]:
         """Like `check`."""
-        return await check_items(await self._connections.asyncio(), self._items.index)
+        return await self._check(await self._connections.asyncio())
+
+    async def _check(self, backend: Backend) -> Sequence[str]:
+        return await check_items(backend, self._connections.schema, self._items.index)
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """
@@ -125,19 +135,19 @@ class SemanticStore(Managed, BaseStore):
             SealError: A value was changed, moved, or is not sealed.
             UnavailableError: All of it was written, or none.
         """
-        return drive(items.batch(self._items, self._connections.blocking(), ops))
+        return drive(items.batch(self._items, self._connections.blocking(NEEDS), ops))
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
-        return await items.batch(self._items, await self._connections.asyncio(), ops)
+        return await items.batch(self._items, await self._connections.asyncio(NEEDS), ops)
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""
-        return drive(items.sweep(self._connections.blocking()))
+        return drive(items.sweep(self._connections.blocking(NEEDS)))
 
     async def asweep_ttl(self) -> int:
         """Like `sweep_ttl`."""
-        return await items.sweep(await self._connections.asyncio())
+        return await items.sweep(await self._connections.asyncio(NEEDS))
 
     def close(self) -> None:
         """Close the connections. May be called again."""

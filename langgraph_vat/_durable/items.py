@@ -37,12 +37,13 @@ ALTER TABLE store
     "CREATE TABLE IF NOT EXISTS vat_store_keys (root TEXT PRIMARY KEY, data_key BYTEA NOT NULL)",
 )
 
-TABLES = ("store", "vat_store_keys")
-
-IS_CURRENT: LiteralString = """
-SELECT to_regclass(quote_ident(current_schema()) || '.vat_store_keys') IS NOT NULL,
-    to_regclass(quote_ident(current_schema()) || '.store_vectors') IS NOT NULL
-"""
+# What the statements name.
+TABLES = {
+    "store": "prefix key value created_at updated_at expires_at ttl_minutes vat_type vat_value"
+    " vat_ttl",
+    "vat_store_keys": "root data_key",
+}
+VECTOR_TABLES = {**TABLES, "store_vectors": "prefix key field_name embedding"}
 
 # The type of the vectors as the table has it, such as vector(384).
 VECTOR_COLUMN: LiteralString = """
@@ -57,8 +58,13 @@ WHERE l.relation IN (to_regclass('store'), to_regclass('store_vectors'))
 AND a.pid <> pg_backend_pid()
 """
 
-HAS_EXTENSION: LiteralString = "SELECT FROM pg_extension WHERE extname = 'vector'"
-CREATE_EXTENSION: LiteralString = "CREATE EXTENSION IF NOT EXISTS vector"
+# Where the extension is, and whether its types are found there.
+FIND_EXTENSION: LiteralString = """
+SELECT n.nspname, n.nspname = ANY(current_schemas(true))
+FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'
+"""
+# One for all schemas of a database.
+CREATE_EXTENSION: LiteralString = "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public"
 
 
 def vector_schema(column: str, kind: str, opclass: str, options: str) -> list[sql.Composable]:
@@ -77,6 +83,10 @@ CREATE TABLE IF NOT EXISTS store_vectors (
     statements: list[sql.Composable] = [
         sql.SQL("CREATE TABLE IF NOT EXISTS vector_migrations (v INTEGER PRIMARY KEY)"),
         create,
+        # It went with the extension, if somebody dropped that.
+        sql.SQL("ALTER TABLE store_vectors ADD COLUMN IF NOT EXISTS embedding {}").format(
+            sql.SQL(column)
+        ),
     ]
     if kind != "flat":
         index = sql.SQL("""

@@ -36,25 +36,57 @@ WHERE l.relation IN (to_regclass('checkpoints'), to_regclass('checkpoint_blobs')
 AND a.pid <> pg_backend_pid()
 """
 
-TABLES = (
-    "checkpoints",
-    "checkpoint_blobs",
-    "checkpoint_writes",
-    "vat_threads",
-    "vat_floors",
-    "vat_deleted_runs",
-    "vat_state",
-)
+# What the statements name.
+TABLES = {
+    "checkpoints": "thread_id checkpoint_ns checkpoint_id parent_checkpoint_id type checkpoint"
+    " metadata vat_type vat_exact",
+    "checkpoint_blobs": "thread_id checkpoint_ns channel version type blob vat_step vat_bases",
+    "checkpoint_writes": "thread_id checkpoint_ns checkpoint_id task_id idx channel type blob"
+    " task_path vat_epoch vat_bases",
+    "vat_threads": "thread_id generation history data_key created_at updated_at steps bytes"
+    " head_id metadata retention kept tenant",
+    "vat_floors": "thread_id checkpoint_ns floor",
+    "vat_deleted_runs": "run_id deleted_at",
+    "vat_state": "epoch hot_tier hot_prefix hot_runs degraded_until lease_s swept_at",
+    "vat_schema": "version",
+}
 
-# Which of these tables are not there, and what the role may not do with the others.
-LACKING: LiteralString = """
-SELECT name, to_regclass(place) IS NULL, ARRAY(
-    SELECT right_ FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r (right_)
-    WHERE NOT has_table_privilege(to_regclass(place), right_)
-)
+SELECT_SCHEMA: LiteralString = """
+SELECT n.oid IS NOT NULL, coalesce(has_schema_privilege(n.oid, 'USAGE'), false)
+FROM (VALUES (%(schema)s)) AS s (name) LEFT JOIN pg_namespace n ON n.nspname = s.name
+"""
+
+CREATE_SCHEMA: LiteralString = """
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = {text}) THEN
+        CREATE SCHEMA {name};
+    END IF;
+EXCEPTION WHEN duplicate_schema OR unique_violation THEN NULL;
+END $$"""
+
+# Null for a table that is not there.
+SELECT_COLUMNS: LiteralString = """
+SELECT name, CASE WHEN to_regclass(place) IS NOT NULL THEN ARRAY(
+    SELECT attname::text FROM pg_attribute
+    WHERE attrelid = to_regclass(place) AND attnum > 0 AND NOT attisdropped
+) END
 FROM unnest(%(tables)s::text[]) AS t (name)
 CROSS JOIN LATERAL (SELECT quote_ident(current_schema()) || '.' || name) AS p (place)
 """
+
+# What the role may not do with these tables.
+LACKING: LiteralString = """
+SELECT name, ARRAY(
+    SELECT right_ FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r (right_)
+    WHERE NOT has_table_privilege(to_regclass(place), right_)
+    AND (name <> 'vat_schema' OR right_ = 'SELECT')
+)
+FROM unnest(%(tables)s::text[]) AS t (name)
+CROSS JOIN LATERAL (SELECT quote_ident(current_schema()) || '.' || name) AS p (place)
+WHERE to_regclass(place) IS NOT NULL
+"""
+
+HAS_STATE: LiteralString = "SELECT FROM vat_state"
 
 MIGRATION_1: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS checkpoint_migrations (v INTEGER PRIMARY KEY)",
@@ -194,6 +226,8 @@ ALTER TABLE vat_threads
 CREATE INDEX IF NOT EXISTS vat_threads_metadata ON vat_threads
 USING gin (metadata jsonb_path_ops) WHERE metadata <> '{}'""",
     "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS swept_at TIMESTAMPTZ",
+    # Two processes with other prefixes would not see each other's steps.
+    "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS hot_prefix TEXT",
     # The newest of all threads, and those whose metadata has something.
     """
 CREATE INDEX IF NOT EXISTS vat_checkpoints_newest

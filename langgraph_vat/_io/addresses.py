@@ -23,6 +23,9 @@ from redis.connection import SSLConnection, parse_url
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 from langgraph_vat.settings import Settings
 
+# Bytes of a name; of a longer one Postgres drops the rest, and says nothing.
+_MOST_NAME = 63
+
 
 class ConnectionPool(Protocol):
     """What we use of psycopg_pool's ConnectionPool and AsyncConnectionPool."""
@@ -71,8 +74,11 @@ class PostgresAddress:
                 " blocking calls need it too. For asyncio it runs in a thread of its own"
             )
             raise ConfigurationError(msg)
-        if schema is not None and not (isinstance(schema, str) and schema.isidentifier()):
-            msg = "schema must be a plain identifier: letters, digits and underscores"
+        if schema is not None and not _is_schema(schema):
+            msg = (
+                "schema must be a plain identifier: letters, digits and underscores, at most 63"
+                " bytes, and not one that Postgres keeps for itself (pg_)"
+            )
             raise ConfigurationError(msg)
         self._timeout_s = settings.timeout_s
         self.schema = schema
@@ -151,8 +157,8 @@ class PostgresAddress:
 
     @property
     def _path(self) -> str:
-        # The extension's types usually live in public.
-        return f'"{self.schema}",public'
+        # The types of extensions are in one of these, by the habits of most hosts.
+        return f'"{self.schema}",public,extensions'
 
     @property
     def transaction(self) -> sql.Composed:
@@ -175,17 +181,6 @@ class PostgresAddress:
         """Whether each statement needs a transaction, to say where the tables are."""
         return bool(self._is_pooled) and self.schema is not None
 
-    @property
-    def create_schema(self) -> sql.Composed:
-        """A statement after which the schema is there, whoever creates it at the same time."""
-        if self.schema is None:
-            return sql.Composed([sql.SQL("SELECT")])
-        return sql.SQL("""
-DO $$ BEGIN
-    IF to_regnamespace({text}) IS NULL THEN CREATE SCHEMA {name}; END IF;
-EXCEPTION WHEN duplicate_schema OR unique_violation THEN NULL;
-END $$""").format(text=sql.Literal(f'"{self.schema}"'), name=sql.Identifier(self.schema))
-
     def __str__(self) -> str:
         """Where it is, without credentials; nothing if one seems to have strayed into it."""
         parts = self.parameters()
@@ -195,6 +190,11 @@ END $$""").format(text=sql.Literal(f'"{self.schema}"'), name=sql.Identifier(self
         if not is_plain or any(character in database for character in "@:/"):
             return ""
         return f"host {host!r}, port {port}, database {database!r}"
+
+
+def _is_schema(name: Any) -> bool:
+    is_plain = isinstance(name, str) and name.isidentifier()
+    return is_plain and len(name.encode()) <= _MOST_NAME and not name.startswith("pg_")
 
 
 def _unreadable() -> ConfigurationError:

@@ -2,18 +2,22 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from langgraph_vat._io.forks import renew_after_fork
+from langgraph_vat.errors import VatError
 
 logger = logging.getLogger("langgraph_vat")
+
+_SAY_AGAIN_S = 60.0
 
 
 class Background:
     """
     Calls `work` every `interval_s` seconds, from the first `start` until `stop`.
 
-    An error is logged by its type, and the next round comes all the same.
+    An error is logged, again only after a while, and the next round comes all the same.
     """
 
     def __init__(self, name: str, interval_s: float, work: Callable[[], object]) -> None:
@@ -21,6 +25,7 @@ class Background:
         self._interval_s = interval_s
         self._work = work
         self._is_stopped = False
+        self._said, self._said_at = "", float("-inf")
         self.renew()
         renew_after_fork(self)
 
@@ -52,4 +57,11 @@ class Background:
             try:
                 self._work()
             except Exception as error:  # noqa: BLE001 - a round that fails must not end the thread
-                logger.warning("%s: %s; trying again", self._name, type(error).__name__)
+                self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        # Our own messages never quote what a user typed; others' might.
+        said = str(error) if isinstance(error, VatError) else type(error).__name__
+        if said != self._said or time.monotonic() - self._said_at > _SAY_AGAIN_S:
+            logger.warning("%s: %s; trying again", self._name, said)
+            self._said, self._said_at = said, time.monotonic()

@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import redis
@@ -26,12 +26,21 @@ from langgraph_vat._io.addresses import (
 )
 from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
 from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
+from langgraph_vat._io.driver import drive
 from langgraph_vat._io.forks import renew_after_fork
 from langgraph_vat._io.pool import AsyncioPool, BlockingPool
+from langgraph_vat._io.protocols import Backend
 from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError
 from langgraph_vat.settings import Settings
 
 SELECT_PID = "SELECT pg_backend_pid()"
+HAS_TABLE: LiteralString = """
+SELECT EXISTS (
+    SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %(schema)s AND c.relname = %(table)s
+    AND has_schema_privilege(n.oid, 'USAGE')
+)
+"""
 # Kept alive in a forked child: to close one would say goodbye on its parent's socket.
 _inherited: list[Any] = []
 
@@ -60,6 +69,7 @@ class Connections:
         self._redis = RedisAddress(redis_source, settings) if redis_source is not None else None
         self._settings = settings
         self._closed = False
+        self._found: set[str] = set()
         self._begin()
         renew_after_fork(self)
 
@@ -91,11 +101,16 @@ class Connections:
         """Where Redis is, without credentials."""
         return str(self._redis)
 
-    def blocking(self) -> BlockingBackend:
+    def blocking(self, needs: str | None = None) -> BlockingBackend:
         """
         The backend for blocking callers, connected on first use.
 
+        Args:
+            needs: A table that must be in the schema: one of the same name in
+                another schema of the search path is somebody else's.
+
         Raises:
+            SchemaError: It is not there.
             UnavailableError: Postgres does not answer.
         """
         opened = self._blocking
@@ -104,9 +119,10 @@ class Connections:
                 if self._closed:
                     raise closed()
                 opened = self._blocking = self._blocking or self._open_blocking()
+        drive(self._require(opened[0], needs))
         return opened[0]
 
-    async def asyncio(self) -> AsyncioBackend:
+    async def asyncio(self, needs: str | None = None) -> AsyncioBackend:
         """The backend of the running event loop, likewise."""
         if self._closed:
             raise closed()
@@ -120,11 +136,24 @@ class Connections:
                 self._asyncio[loop] = opening
         try:
             # Whoever gives up waiting must not take the others' connections away.
-            return (await asyncio.shield(opening))[0]
+            backend = (await asyncio.shield(opening))[0]
         except BaseException:
             if opening.done() and self._asyncio.get(loop) is opening:
                 del self._asyncio[loop]  # it failed; the next caller tries anew
             raise
+        await self._require(backend, needs)
+        return backend
+
+    async def _require(self, backend: Backend, table: str | None) -> None:
+        if table is None or self.schema is None or table in self._found:
+            return
+        params = {"schema": self.schema, "table": table}
+        if not (await backend.durable.fetch(HAS_TABLE, params))[0][0]:
+            raise SchemaError(
+                f"schema {self.schema} has no table {table}, or the role may not use it. Nothing"
+                " was read or written. Run setup() once; check() says what is missing."
+            )
+        self._found.add(table)
 
     def _leave_closed_loops(self) -> None:
         """Let go of what belongs to loops that ended without their async generators' end."""
@@ -160,7 +189,6 @@ class Connections:
         with self._connecting(), psycopg.connect(**address.parameters()) as connection:
             (pid,) = connection.execute(SELECT_PID).fetchone() or (0,)
             address.note_backend(connection.info.backend_pid, pid)
-            connection.execute(address.create_schema)
         pool = BlockingPool(address, settings.pool_size, settings.timeout_s)
         hot = None
         if self._redis is not None:
@@ -175,7 +203,6 @@ class Connections:
             ) as connection:
                 (pid,) = await (await connection.execute(SELECT_PID)).fetchone() or (0,)
                 address.note_backend(connection.info.backend_pid, pid)
-                await connection.execute(address.create_schema)
         pool = AsyncioPool(address, settings.pool_size, settings.timeout_s)
         hot = AsyncioHot(self._redis.client(redis.asyncio)) if self._redis is not None else None
         lifetime = _until_loop_ends(pool, hot)
@@ -186,12 +213,6 @@ class Connections:
     def _connecting(self) -> Iterator[None]:
         try:
             yield
-        except psycopg.errors.InsufficientPrivilege as error:
-            msg = (
-                f"the Postgres role may not create the schema ({error.diag.message_primary})."
-                " Nothing was written. Have it created once, or leave out schema=."
-            )
-            raise SchemaError(msg) from error
         except psycopg.OperationalError as error:
             raise self._no_postgres() from error
 

@@ -9,8 +9,8 @@ import redis
 import redis.asyncio
 
 from langgraph_vat._io.pool import AnswerTimeoutError, PoolTimeoutError
-from langgraph_vat._io.protocols import HotTierError
-from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError
+from langgraph_vat._io.protocols import HotTierError, LockTimeoutError
+from langgraph_vat.errors import ConfigurationError, RefusedError, SchemaError, UnavailableError
 
 # Redis answers, but cannot take a write or does not know the data: replies of
 # a full server, a replica, a failed save, a cluster without its majority. Up
@@ -72,23 +72,30 @@ def is_repeatable(error: psycopg.Error) -> bool:
 
 @contextmanager
 def map_postgres() -> Iterator[None]:
-    """Raise `UnavailableError` where Postgres is away, others by what it says."""
+    """Raise `UnavailableError` where Postgres is away, others by what it says; never its own."""
+    refused = None
     try:
         yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
         msg = (
             f"Postgres lacks this version's tables ({error.diag.message_primary})."
-            " Nothing was written. Run setup() once, with a role that may create tables."
+            " Postgres took nothing; steps that Redis took wait there. Run setup() once, with a"
+            " role that may create tables."
         )
         raise SchemaError(msg) from error
     except psycopg.errors.InsufficientPrivilege as error:
         msg = (
             f"the Postgres role lacks a right ({error.diag.message_primary})."
-            " Nothing was written. Grant it, or run setup() once with a role that has it."
+            " Postgres took nothing; steps that Redis took wait there. Grant it, or run setup()"
+            " once with a role that has it."
         )
         raise SchemaError(msg) from error
-    except psycopg.errors.LockNotAvailable:
-        raise  # whoever sets a lock timeout knows what to say
+    except psycopg.errors.LockNotAvailable as error:
+        msg = (
+            "somebody holds a lock in Postgres for longer than the role's lock_timeout. The"
+            " operation did not happen there; repeat it."
+        )
+        raise LockTimeoutError(msg) from error
     except LOST as error:
         msg = (
             f"Postgres cannot be used now ({type(error).__name__}). The operation happened whole"
@@ -98,7 +105,25 @@ def map_postgres() -> Iterator[None]:
     except psycopg.DatabaseError as error:
         if error.sqlstate == _REFUSED:
             raise ConfigurationError(f"{error.diag.message_primary} Pass redis=.") from error
-        raise
+        refused = _refused(error)
+    if refused is not None:
+        raise refused  # outside: what Postgres says may quote the row
+
+
+def _refused(error: psycopg.DatabaseError) -> RefusedError:
+    where = [
+        f"{kind} {name!r}"
+        for kind, name in (
+            ("constraint", error.diag.constraint_name),
+            ("table", error.diag.table_name),
+        )
+        if name
+    ]
+    return RefusedError(
+        f"Postgres refuses the data ({', '.join([type(error).__name__, *where])}). It took nothing"
+        " of this operation; steps that Redis took wait there. Look at the constraints and triggers"
+        " of the tables."
+    )
 
 
 def every_primary(client: Any) -> dict[str, str]:

@@ -4,7 +4,9 @@ Every verb an operation may await, with its guarantee.
 The verbs are few and dumb: no policy and no encoding. A driver's own
 exceptions are mapped where a verb is implemented, and nowhere else:
 
-- Postgres does not answer -> `UnavailableError`
+- Postgres does not answer -> `UnavailableError`; a lock is not to be had ->
+  `LockTimeoutError`; it lacks tables or rights -> `SchemaError`; it refuses
+  data -> `RefusedError`
 - Redis does not answer, or refuses to write -> `HotTierError`, which the
   operations turn into a detour through Postgres. It never reaches a caller.
 """
@@ -16,6 +18,8 @@ from typing import Any, LiteralString, Protocol, TypeAlias, TypeVar
 from langchain_core.embeddings import Embeddings
 from psycopg import sql
 
+from langgraph_vat.errors import UnavailableError
+
 T = TypeVar("T")
 Query: TypeAlias = LiteralString | sql.SQL | sql.Composed
 Params: TypeAlias = Sequence[Any] | Mapping[str, Any] | None
@@ -25,6 +29,10 @@ Arg: TypeAlias = bytes | int | str
 
 class HotTierError(Exception):
     """Redis did not do what was asked; whether it did it is unknown."""
+
+
+class LockTimeoutError(UnavailableError):
+    """A lock was not to be had within the time that somebody set for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,6 @@ from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import psycopg
-
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._hot import scripts
@@ -28,7 +26,13 @@ from langgraph_vat._ops.compact import Packed, Packing, pack_entries
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._records import Entry, Fence, PutEntry
-from langgraph_vat.errors import QuarantinedError, UnavailableError
+from langgraph_vat.errors import (
+    QuarantinedError,
+    RefusedError,
+    SchemaError,
+    UnavailableError,
+    VatError,
+)
 
 logger = logging.getLogger("langgraph_vat")
 T = TypeVar("T")
@@ -76,21 +80,26 @@ async def flush(
         UnavailableError: Postgres does not answer, or steps wait for others
             that only another process has; nothing was lost.
         QuarantinedError: Postgres refuses the data of a thread for good.
+        SchemaError: It refuses a thread, or all, for want of a table or a right.
     """
     todo, waiting = sorted(thread_ids), 0
+    problem: VatError | None = None
     for start in range(0, len(todo), _MOST_THREADS):
         some = todo[start : start + _MOST_THREADS]
         try:
             waiting += await _flush_some(shared, backend, some, wait=wait)
-        except (psycopg.DataError, psycopg.ProgrammingError) as error:
-            if len(some) == 1:
-                raise _quarantine(shared, some[0], error) from error
+        except (RefusedError, SchemaError):
             for thread_id in some:
-                await _flush_alone(shared, backend, thread_id, wait=wait)
+                found = await _flush_alone(shared, backend, thread_id, wait=wait)
+                # A single thread's trouble is told to whoever waits for that thread.
+                if found is not None and (len(todo) == 1 or isinstance(found, SchemaError)):
+                    problem = found
+    if problem is not None:
+        raise problem
     if wait and waiting:
         raise UnavailableError(
-            f"{waiting} steps wait for what another process has still to store. Nothing was lost;"
-            " repeat it in some seconds."
+            f"steps ({waiting}) wait for others that another process has still to store, for"
+            f" {_BASELESS_S:.0f} s at most. Nothing was lost yet; repeat it in some seconds."
         )
 
 
@@ -165,21 +174,29 @@ async def _dirty(shared: Shared, hot: Hot, age_s: float, most: int) -> list[str]
     return [raw.decode() for bucket in found for raw in bucket]
 
 
-async def _flush_alone(shared: Shared, backend: Backend, thread_id: str, *, wait: bool) -> None:
+async def _flush_alone(
+    shared: Shared, backend: Backend, thread_id: str, *, wait: bool
+) -> VatError | None:
+    """Flush a thread; return why it cannot be."""
     try:
         await _flush_some(shared, backend, [thread_id], wait=wait)
-    except (psycopg.DataError, psycopg.ProgrammingError) as error:
-        _quarantine(shared, thread_id, error)
+    except SchemaError as error:
+        return error
+    except RefusedError as error:
+        return _quarantine(shared, thread_id, error)
+    return None
 
 
-def _quarantine(shared: Shared, thread_id: str, error: Exception) -> QuarantinedError:
-    shared.quarantine[thread_id] = error
-    logger.error("Postgres refuses the journal of thread %r: %s", thread_id, type(error).__name__)
-    msg = (
-        f"Postgres refuses steps of thread {thread_id!r} that were acknowledged"
-        f" ({type(error).__name__}). They stay in the journal and other threads go on."
+def _quarantine(shared: Shared, thread_id: str, cause: RefusedError) -> QuarantinedError:
+    if thread_id not in shared.quarantine:
+        logger.error("thread %r: %s", thread_id, cause)
+    shared.quarantine[thread_id] = cause
+    error = QuarantinedError(
+        f"Postgres refuses steps of thread {thread_id!r} that were acknowledged. They stay in the"
+        f" journal and other threads go on. {cause}"
     )
-    return QuarantinedError(msg)
+    error.__cause__ = cause
+    return error
 
 
 async def _flush_some(
@@ -382,16 +399,17 @@ def _satisfied(
     """
     puts = [entry for entry in entries if isinstance(entry, PutEntry)]
     history = fence.history if fence is not None else 0
-    is_late = _is_late(shared, _baseless(batch.thread_id, puts, checks, history))
+    waiting = _baseless(batch.thread_id, puts, checks, history)
+    is_new = any(entry.uid not in shared.baseless for entry in waiting)
+    is_late = _is_late(shared, waiting)
     out: set[bytes] = set()
     while baseless := _baseless(batch.thread_id, puts, checks, _ANY if is_late else history):
         out |= {entry.uid for entry in baseless}
         puts = [entry for entry in puts if entry.uid not in out]
     if not is_late:
         batch.held = out
-    if out:
-        fate = "were lost" if is_late else "wait for another process"
-        logger.warning("%d checkpoints of thread %r %s", len(out), batch.thread_id, fate)
+    if out and (is_late or is_new):
+        _say_baseless(batch.thread_id, len(out), is_late=is_late)
     here = {(entry.checkpoint_ns, entry.checkpoint_id) for entry in puts}
     kept: list[Entry] = []
     for entry in entries:
@@ -404,6 +422,23 @@ def _satisfied(
     for entry in entries if is_late else kept:
         shared.baseless.pop(entry.uid, None)
     return kept
+
+
+def _say_baseless(thread_id: str, count: int, *, is_late: bool) -> None:
+    if is_late:
+        logger.error(
+            "thread %r lost steps (%d) that were acknowledged: what they build on is neither in"
+            " Postgres nor with any process. Was Postgres restored from a backup, or did Redis and"
+            " a process fail at once?",
+            thread_id,
+            count,
+        )
+    else:
+        logger.warning(
+            "steps (%d) of thread %r wait for others that only another process has",
+            count,
+            thread_id,
+        )
 
 
 def _is_late(shared: Shared, baseless: list[PutEntry]) -> bool:

@@ -520,7 +520,7 @@ def _refuse_quarantined(shared: Shared, thread_id: str) -> None:
     if cause := shared.quarantine.get(thread_id):
         msg = (
             f"earlier steps of thread {thread_id!r} cannot be stored in Postgres"
-            f" ({type(cause).__name__}); this one was not taken. Copy or delete the thread."
+            f"; this one was not taken. {cause} Or copy or delete the thread."
         )
         raise QuarantinedError(msg) from cause
 

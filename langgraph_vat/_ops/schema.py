@@ -8,41 +8,92 @@ whose.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import LiteralString, TypeVar
 
-import psycopg
 from psycopg import sql as composing
 
 from langgraph_vat._durable import schema as sql
-from langgraph_vat._io.protocols import Backend, Session
+from langgraph_vat._io.protocols import Backend, Durable, LockTimeoutError, Session
 from langgraph_vat.errors import SchemaError
 
 logger = logging.getLogger("langgraph_vat")
 T = TypeVar("T")
 
 
+async def prepare(backend: Backend, schema: str | None) -> None:
+    """
+    Create the schema, if there is none, and see that its tables can be used.
+
+    Raises:
+        SchemaError: The role may not create, or not use it.
+    """
+    if schema is None:
+        return
+    exists, may_use = (await backend.durable.fetch(sql.SELECT_SCHEMA, {"schema": schema}))[0]
+    if not exists:
+
+        async def body(session: Session) -> None:
+            await session.execute(_create_schema(schema))
+
+        await backend.durable.transact(body)
+    elif not may_use:
+        raise SchemaError(f"{_no_usage(schema)}. Nothing was changed.")
+
+
+def _no_usage(schema: str) -> str:
+    return f"the role may not use schema {schema}: GRANT USAGE ON SCHEMA {schema} to it"
+
+
+def _create_schema(schema: str) -> composing.Composed:
+    """Return a statement after which the schema is there, whoever creates it at the same time."""
+    name = composing.Identifier(schema)
+    return composing.SQL(sql.CREATE_SCHEMA).format(text=composing.Literal(schema), name=name)
+
+
 async def setup_checkpoints(backend: Backend) -> None:
     """
-    Bring the checkpoint tables up to date.
+    Bring the checkpoint tables up to date, and back to what they should be.
 
     Raises:
         SchemaError: The schema is newer than this package, the role may not
             change it, or another session holds its tables.
     """
-    if await _version(backend) == sql.VERSION:
+    if await _is_current(backend.durable):
         return
 
     async def body(session: Session) -> None:
         await session.execute(sql.LOCK_TIMEOUT)
         await session.execute(sql.LOCK)
-        exists = (await session.fetch(sql.HAS_SCHEMA))[0][0]
-        done = (await session.fetch(sql.SELECT_VERSION))[0][0] if exists else 0
-        for migration in sql.MIGRATIONS[done:]:
+        if await _is_current(session):
+            return  # another process did it
+        done = await _version(session)
+        for migration in sql.MIGRATIONS[done if done < sql.VERSION else 0 :]:
             for statement in migration:
                 await session.execute(statement)
 
     await migrate(backend, body, sql.BLOCKERS)
+
+
+async def _is_current(postgres: Durable | Session) -> bool:
+    """Whether the schema has this version, and nobody took anything away from it."""
+    return (
+        await _version(postgres) == sql.VERSION
+        and not await damages(postgres, sql.TABLES)
+        and bool(await postgres.fetch(sql.HAS_STATE))
+    )
+
+
+async def damages(postgres: Durable | Session, tables: Mapping[str, str]) -> list[str]:
+    """Return which of these tables and their columns are not there."""
+    found = []
+    columns = {name: set(names.split()) for name, names in tables.items()}
+    for name, present in await postgres.fetch(sql.SELECT_COLUMNS, {"tables": list(columns)}):
+        if present is None:
+            found.append(f"table {name} is missing: run setup(), or what ddl() prints")
+        elif missing := sorted(columns[name] - set(present)):
+            found.append(f"table {name} has no {', '.join(missing)}: run setup(), or ddl()'s SQL")
+    return found
 
 
 def ddl(schema: str | None) -> str:
@@ -52,38 +103,48 @@ def ddl(schema: str | None) -> str:
 
 
 def script(schema: str | None, statements: Sequence[composing.Composable]) -> str:
-    """Return statements as the text of a script that is run in one transaction."""
-    first: list[composing.Composable] = []
+    """Return statements as the text of a script of one transaction."""
+    first: list[composing.Composable] = [composing.SQL("BEGIN"), composing.SQL(sql.LOCK_TIMEOUT)]
     if schema is not None:
-        name = composing.Identifier(schema)
-        first = [
-            composing.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(name),
-            composing.SQL("SET LOCAL search_path TO {}, public").format(name),
-        ]
-    texts = (statement.as_string(None).strip() for statement in (*first, *statements))
+        path = composing.SQL("SET LOCAL search_path TO {}, public, extensions")
+        first += [_create_schema(schema), path.format(composing.Identifier(schema))]
+    every = (*first, composing.SQL(sql.LOCK), *statements, composing.SQL("COMMIT"))
+    texts = (statement.as_string(None).strip() for statement in every)
     return "".join(f"{text};\n" for text in texts)
 
 
-async def check_checkpoints(backend: Backend) -> list[str]:
+async def check_checkpoints(backend: Backend, schema: str | None) -> list[str]:
     """Return what the tables or the role lack; nothing if the saver can work."""
-    found = await lacking(backend, sql.TABLES)
-    version = await _version(backend)
+    if problems := await check_schema(backend, schema):
+        return problems
+    found = await damages(backend.durable, sql.TABLES) + await unusable(backend, list(sql.TABLES))
+    if found:
+        return found
+    version = await _version(backend.durable)
     if version != sql.VERSION:
         found.append(f"the schema is version {version}, and must be {sql.VERSION}: run setup()")
+    if not await backend.durable.fetch(sql.HAS_STATE):
+        found.append("table vat_state has lost its row: run setup(), or what ddl() prints")
     return found
 
 
-async def lacking(backend: Backend, tables: Sequence[str]) -> list[str]:
-    """Return which tables are not there, and what the role may not do with the others."""
-    found = []
-    for name, is_missing, rights in await backend.durable.fetch(
-        sql.LACKING, {"tables": list(tables)}
-    ):
-        if is_missing:
-            found.append(f"table {name} is missing: run setup(), or what ddl() prints")
-        elif rights:
-            found.append(f"the role may not {', '.join(rights)} on table {name}: GRANT it")
-    return found
+async def check_schema(backend: Backend, schema: str | None) -> list[str]:
+    """Return what keeps the role from seeing any table."""
+    if schema is None:
+        return []
+    exists, may_use = (await backend.durable.fetch(sql.SELECT_SCHEMA, {"schema": schema}))[0]
+    if not exists:
+        return [f"schema {schema} is missing: run setup(), or what ddl() prints"]
+    return [] if may_use else [_no_usage(schema)]
+
+
+async def unusable(backend: Backend, tables: Sequence[str]) -> list[str]:
+    """Return what the role may not do with the tables that are there."""
+    return [
+        f"the role may not {', '.join(rights)} on table {name}: GRANT it"
+        for name, rights in await backend.durable.fetch(sql.LACKING, {"tables": list(tables)})
+        if rights
+    ]
 
 
 async def warn_of_sealed(backend: Backend) -> None:
@@ -101,7 +162,7 @@ async def migrate(
     """Run what locks tables in a transaction; if a lock is not to be had, name its holders."""
     try:
         return await backend.durable.transact(body)
-    except psycopg.errors.LockNotAvailable as error:
+    except LockTimeoutError as error:
         holders = [
             f"{name} (pid {pid}, {state})"
             for pid, name, state in await backend.durable.fetch(blockers)
@@ -113,10 +174,10 @@ async def migrate(
         raise SchemaError(msg) from error
 
 
-async def _version(backend: Backend) -> int:
-    if not (await backend.durable.fetch(sql.HAS_SCHEMA))[0][0]:
+async def _version(postgres: Durable | Session) -> int:
+    if not (await postgres.fetch(sql.HAS_SCHEMA))[0][0]:
         return 0
-    version: int = (await backend.durable.fetch(sql.SELECT_VERSION))[0][0]
+    version: int = (await postgres.fetch(sql.SELECT_VERSION))[0][0]
     if version > sql.VERSION:
         msg = (
             f"the schema is version {version}, made by a newer langgraph-vat than this one, which"

@@ -1,7 +1,6 @@
 """Create or migrate the store's tables, in one locked transaction, and only if needed."""
 
 import re
-from typing import Any
 
 import psycopg
 from psycopg import sql as composing
@@ -9,7 +8,7 @@ from psycopg import sql as composing
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable import schema
 from langgraph_vat._io.protocols import Backend, Session
-from langgraph_vat._ops.schema import lacking, migrate, script
+from langgraph_vat._ops.schema import check_schema, damages, migrate, script, unusable
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat.errors import ConfigurationError, SchemaError
 
@@ -25,8 +24,8 @@ async def setup_items(
             may not change the schema, or another session holds its tables.
         ConfigurationError: The table's vectors have other dimensions.
     """
-    has_items, has_vectors = (await backend.durable.fetch(sql.IS_CURRENT))[0]
-    if not has_items or (index is not None and not has_vectors):
+    tables = sql.TABLES if index is None else sql.VECTOR_TABLES
+    if await damages(backend.durable, tables):
 
         async def body(session: Session) -> None:
             await session.execute(schema.LOCK_TIMEOUT)
@@ -37,41 +36,62 @@ async def setup_items(
                 await _create_vectors(session, index, create_extension=create_extension)
 
         await migrate(backend, body, sql.BLOCKERS)
-    if index is not None:
-        _refuse_other_dims(index, (await backend.durable.fetch(sql.VECTOR_COLUMN))[0][0])
+    if index is not None and (problem := await _other_dims(backend, index)):
+        raise ConfigurationError(f"{problem}. Nothing was written.")
 
 
-def ddl(schema: str | None, index: VectorIndex | None) -> str:
+def ddl(schema: str | None, index: VectorIndex | None, *, create_extension: bool) -> str:
     """Return what `setup_items` would run on a new or an older database, as a script."""
     statements: list[composing.Composable] = [composing.SQL(statement) for statement in sql.SCHEMA]
     if index is not None:
-        statements.append(composing.SQL(sql.CREATE_EXTENSION))
+        if create_extension:
+            statements.append(composing.SQL(sql.CREATE_EXTENSION))
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
     return script(schema, statements)
 
 
-async def check_items(backend: Backend, index: VectorIndex | None) -> list[str]:
+async def check_items(backend: Backend, schema: str | None, index: VectorIndex | None) -> list[str]:
     """Return what the tables or the role lack; nothing if the store can work."""
+    if problems := await check_schema(backend, schema):
+        return problems
+    if index is None:
+        return await damages(backend.durable, sql.TABLES) + await unusable(backend, [*sql.TABLES])
     found = []
-    if index is not None and not await backend.durable.fetch(sql.HAS_EXTENSION):
+    place = await backend.durable.fetch(sql.FIND_EXTENSION)
+    if not place:
         found.append(
             "the extension vector is missing: have a superuser run CREATE EXTENSION vector"
         )
-    vectors = () if index is None else ("store_vectors",)
-    return found + await lacking(backend, (*sql.TABLES, *vectors))
+    elif not place[0][1]:
+        found.append(_hidden(place[0][0]))
+    found += await damages(backend.durable, sql.VECTOR_TABLES)
+    found += await unusable(backend, [*sql.VECTOR_TABLES])
+    if not found and (problem := await _other_dims(backend, index)):
+        found.append(problem)
+    return found
 
 
 async def _create_vectors(session: Session, index: VectorIndex, *, create_extension: bool) -> None:
-    if not await session.fetch(sql.HAS_EXTENSION):
+    place = await session.fetch(sql.FIND_EXTENSION)
+    if not place:
         if not create_extension:
             raise _no_extension("create_extension=False")
         try:
             await session.execute(sql.CREATE_EXTENSION)
-            await session.fetch(sql.HAS_EXTENSION)
+            place = await session.fetch(sql.FIND_EXTENSION)
         except psycopg.Error as error:
             raise _no_extension(type(error).__name__) from error
+    if not place[0][1]:
+        raise SchemaError(f"{_hidden(place[0][0])}. Nothing was changed.")
     for statement in sql.vector_schema(index.type, index.kind, index.opclass, index.options):
         await session.execute(composing.Composed([statement]))
+
+
+def _hidden(place: str) -> str:
+    return (
+        f"pgvector is in schema {place}, which is not on the search path: have a superuser run"
+        " ALTER EXTENSION vector SET SCHEMA public"
+    )
 
 
 def _no_extension(why: str) -> SchemaError:
@@ -82,10 +102,12 @@ def _no_extension(why: str) -> SchemaError:
     )
 
 
-def _refuse_other_dims(index: VectorIndex, column: Any) -> None:
+async def _other_dims(backend: Backend, index: VectorIndex) -> str | None:
+    column = (await backend.durable.fetch(sql.VECTOR_COLUMN))[0][0]
     found = re.search(r"\((\d+)\)", str(column))
-    if found and int(found[1]) != index.dims:
-        raise ConfigurationError(
-            f"the table's vectors have {found[1]} dimensions and index= says {index.dims}. Nothing"
-            " was written. Use the embedder it was made with, or another schema=."
-        )
+    if found is None or int(found[1]) == index.dims:
+        return None
+    return (
+        f"the table's vectors have {found[1]} dimensions and index= says {index.dims}: use the"
+        " embedder it was made with, or another schema="
+    )

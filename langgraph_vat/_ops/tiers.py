@@ -24,15 +24,23 @@ import logging
 import uuid
 from typing import LiteralString
 
-import psycopg
-
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable import schema
 from langgraph_vat._hot import scripts
-from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Params, Row, Session
+from langgraph_vat._io.protocols import (
+    Arg,
+    Backend,
+    Durable,
+    Hot,
+    HotTierError,
+    LockTimeoutError,
+    Params,
+    Row,
+    Session,
+)
 from langgraph_vat._ops.schema import migrate
 from langgraph_vat._ops.shared import Shared, now
-from langgraph_vat.errors import ConfigurationError, UnavailableError
+from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError
 
 logger = logging.getLogger("langgraph_vat")
 
@@ -119,12 +127,14 @@ async def refresh(shared: Shared, backend: Backend, *, may_try: bool = False) ->
         UnavailableError: Postgres does not answer.
     """
     read_at, row = await _read_row(shared, backend)
-    epoch, hot_tier, hot_runs, left_s, _ = row
+    epoch, hot_tier, hot_runs, left_s, _, hot_prefix = row
     if backend.hot is None:
         if hot_tier is not None:
             raise _needs_hot_tier()
         shared.state.epoch, shared.state.read_at = epoch, read_at
         return
+    if hot_prefix not in (None, shared.settings.key_prefix):
+        raise _other_prefix(hot_prefix)
     _learn(shared, epoch, read_at, is_degraded=left_s is not None)
     if left_s is None or (left_s <= 0 and may_try):
         try:
@@ -144,7 +154,7 @@ async def _read_row(shared: Shared, backend: Backend) -> tuple[float, Row]:
     own_s = shared.settings.epoch_ttl_s
     while True:
         read_at = now()
-        row = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+        row = await _select_row(backend.durable)
         shared.state.lease_s = row[4]
         if row[4] >= own_s or backend.hot is None:
             return read_at, row
@@ -161,7 +171,7 @@ async def change_row(backend: Backend, statement: LiteralString, params: Params)
 
     try:
         return await backend.durable.transact(body)
-    except psycopg.errors.LockNotAvailable as error:
+    except LockTimeoutError as error:
         msg = (
             "a process that is frozen, or slow, holds the row that says whether Redis may be"
             " trusted. Nothing was written; repeat it in some seconds."
@@ -188,20 +198,21 @@ async def _attach(
     found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], ["", 0])
     if found is not None and hot_tier is None:
         # Another process may have claimed both since the row was read.
-        _, hot_tier, hot_runs, *_ = (await backend.durable.fetch(sql.SELECT_STATE))[0]
+        _, hot_tier, hot_runs, *_ = await _select_row(backend.durable)
     if found is not None:
         _refuse_foreign(found, hot_tier)
     is_lost = hot_tier is not None and (found is None or runs != hot_runs)
     if hot_tier is None:
-        hot_tier = await _claim(backend, runs, is_asked=False)
+        hot_tier = await _claim(shared, backend, runs, is_asked=False)
     elif is_lost and not (is_start and shared.is_first):
         # It lost its memory, or one with an older memory took its place:
         # heads may be stale, and others may hold steps that only they have.
         wait_s = shared.settings.flush_after + shared.state.lease_s
         await _raise_epoch(shared, backend, wait_s, runs)
         logger.warning(
-            "Redis was restarted, replaced or emptied: for %.0f s steps go to Postgres, and"
-            " every process flushes what it holds. Nothing that was acknowledged is lost.",
+            "Redis was restarted, replaced or emptied, or another process uses another one (all"
+            " must use the same): for %.0f s steps go to Postgres, and every process flushes what"
+            " it holds. What only a process that is dead had put there waits in the old one.",
             wait_s,
         )
     elif is_lost or shared.is_degraded:
@@ -229,25 +240,32 @@ async def enable_hot(shared: Shared, backend: Backend) -> None:
     except HotTierError as error:
         msg = f"Redis does not answer ({error}). Nothing was changed; repeat it."
         raise UnavailableError(msg) from error
-    hot_tier = (await backend.durable.fetch(sql.SELECT_STATE))[0][1]
+    hot_tier = (await _select_row(backend.durable))[1]
     if found is not None:
         _refuse_foreign(found, hot_tier)
     if hot_tier is None:
-        await _claim(backend, runs, is_asked=True)
+        await _claim(shared, backend, runs, is_asked=True)
     await refresh(shared, backend, may_try=True)
 
 
-async def _claim(backend: Backend, runs: str, *, is_asked: bool) -> str:
+async def _claim(shared: Shared, backend: Backend, runs: str, *, is_asked: bool) -> str:
     """Return what Postgres calls its Redis from now on; this one, if it had none."""
-    ours = {"hot_tier": str(uuid.uuid4()), "hot_runs": runs, "is_asked": is_asked}
+    ours = {
+        "hot_tier": str(uuid.uuid4()),
+        "hot_runs": runs,
+        "hot_prefix": shared.settings.key_prefix,
+        "is_asked": is_asked,
+    }
 
     async def body(session: Session) -> str | None:
         await session.execute(schema.LOCK_TIMEOUT)
         await session.execute(sql.LOCK_STATE)
         await session.execute(sql.LOCK_TABLES)
         await session.execute(sql.CLAIM_HOT_TIER, ours)
-        hot_tier: str | None = (await session.fetch(sql.SELECT_STATE))[0][1]
-        return hot_tier
+        _, hot_tier, _, _, _, hot_prefix = await _select_row(session)
+        if hot_prefix not in (None, shared.settings.key_prefix):
+            raise _other_prefix(hot_prefix)
+        return None if hot_tier is None else str(hot_tier)
 
     hot_tier = await migrate(backend, body, schema.BLOCKERS)
     if hot_tier is None:
@@ -266,6 +284,23 @@ async def _trust(shared: Shared, backend: Backend, runs: str) -> None:
         _learn(shared, rows[0][0], now(), is_degraded=False)
     if rows and was_degraded:
         logger.warning("Redis is well: steps and reads go through it again.")
+
+
+async def _select_row(postgres: Durable | Session) -> Row:
+    rows = await postgres.fetch(sql.SELECT_STATE)
+    if not rows:
+        raise SchemaError(
+            "table vat_state has lost its row, so nothing was read or written. Run setup(), which"
+            " puts it back; do not empty tables whose names begin with vat_."
+        )
+    return rows[0]
+
+
+def _other_prefix(prefix: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the other processes of this database use key_prefix={prefix!r}, so nothing was read or"
+        " written: steps under another one would be seen by nobody. Use the same."
+    )
 
 
 def _needs_hot_tier() -> ConfigurationError:
