@@ -1,4 +1,4 @@
-"""The cut-over of a database that others wrote: until then all may write, after it nobody past Redis."""
+"""The cut-over of a database that others wrote: then nobody may write it past Redis."""
 
 import threading
 import time

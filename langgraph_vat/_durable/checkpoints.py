@@ -776,8 +776,19 @@ SELECT thread_id FROM checkpoints
 WHERE thread_id > %(after)s AND starts_with(thread_id, %(prefix)s) ORDER BY thread_id LIMIT 1
 """
 
+# And whether anything builds on a value: it has all the bases named that it needs, so
+# that one must not get any.
 _BLOBS_AFTER: LiteralString = """
-SELECT checkpoint_ns, channel, version, type, blob, vat_bases FROM checkpoint_blobs
+SELECT checkpoint_ns, channel, version, type, blob, vat_bases, EXISTS (
+    SELECT FROM checkpoint_blobs o WHERE o.thread_id = b.thread_id
+    AND o.checkpoint_ns = b.checkpoint_ns AND o.channel = b.channel
+    AND o.version > b.version AND b.version = ANY(o.vat_bases)
+) OR EXISTS (
+    SELECT FROM checkpoint_writes o WHERE o.thread_id = b.thread_id
+    AND o.checkpoint_ns = b.checkpoint_ns AND o.channel = b.channel
+    AND b.version = ANY(o.vat_bases)
+)
+FROM checkpoint_blobs b
 WHERE thread_id = %(thread)s AND blob IS NOT NULL
 AND (checkpoint_ns, channel, version) > (%(namespace)s, %(channel)s, %(version)s)
 """

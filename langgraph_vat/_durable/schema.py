@@ -260,6 +260,17 @@ END $vat$""",
     *_guarded("checkpoints"),
     *_guarded("checkpoint_blobs"),
     *_guarded("checkpoint_writes"),
+    # Whoever empties all tables, as test suites do, would not know what else it means.
+    """
+CREATE OR REPLACE FUNCTION vat_keep_state() RETURNS trigger LANGUAGE plpgsql AS $vat$
+BEGIN
+    RAISE EXCEPTION 'the row of vat_state says which Redis holds steps of this database, so it'
+        ' stays. Drop the schema, or delete threads by HybridSaver.delete_thread.';
+END $vat$""",
+    "DROP TRIGGER IF EXISTS vat_keep_state ON vat_state",
+    """
+CREATE TRIGGER vat_keep_state BEFORE DELETE OR TRUNCATE ON vat_state
+FOR EACH STATEMENT EXECUTE FUNCTION vat_keep_state()""",
     "INSERT INTO vat_schema (version) VALUES (4) ON CONFLICT DO NOTHING",
 )
 

@@ -16,7 +16,7 @@ All of it happens under the row locks of the threads, against rows read there.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -109,15 +109,26 @@ async def pack_entries(
 
 
 async def pack_stored(
-    session: Session, codec: Codec, thread_id: str, values: dict[BlobKey, Value]
+    session: Session,
+    codec: Codec,
+    thread_id: str,
+    values: dict[BlobKey, Value],
+    bases: Collection[BlobKey],
 ) -> dict[BlobKey, Packed]:
-    """Pack values that a thread has, open; they come in the order of their versions."""
+    """
+    Pack values that a thread has, open; they come in the order of their versions.
+
+    Those in `bases` stay whole: something builds on them, and on nothing else.
+    """
     stored = await _Stored.read(session, {thread_id: codec}, list(values), is_stored=True)
     lines: dict[LineKey, _Line] = {}
-    return {
-        key: _pack_blob(stored, codec, key, lines.setdefault(key[:3], stored.line(key[:3])), value)
-        for key, value in values.items()
-    }
+    packed = {}
+    for key, value in values.items():
+        line = lines.setdefault(key[:3], stored.line(key[:3]))
+        if key in bases:
+            line.versions = []
+        packed[key] = _pack_blob(stored, codec, key, line, value)
+    return packed
 
 
 def _codecs(shared: Shared, pairs: Pairs) -> dict[str, Codec]:

@@ -98,11 +98,12 @@ async def _blobs(session: Session, task: _Task, after: Sequence[Any]) -> tuple[l
         return rows, 0
     if task.is_compact:
         values: dict[BlobKey, tuple[str, bytes]] = {}
-        for ns, channel, version, type_, data, _ in rows:
+        for ns, channel, version, type_, data, *_ in rows:
             place = blob_place(ns, channel, version)
             if (opened := _opened(task.codec, type_, data, place)) is not None:
                 values[task.thread_id, ns, channel, version] = opened
-        packed = await pack_stored(session, task.codec, task.thread_id, values)
+        bases = {(task.thread_id, *row[:3]) for row in rows if row[-1]}
+        packed = await pack_stored(session, task.codec, task.thread_id, values, bases)
         new = [(*key, *value.columns) for key, value in packed.items()]
     else:
         new = [
@@ -121,12 +122,12 @@ async def _whole(
     """Return values without anything that they build on, sealed again."""
     needed = {
         (task.thread_id, ns, channel, base)
-        for ns, channel, _, _, _, bases in rows
+        for ns, channel, _, _, _, bases, _ in rows
         for base in bases or ()
     }
     bases = await _read_bases(session, needed)
     found = {}
-    for ns, channel, version, type_, data, builds_on in rows:
+    for ns, channel, version, type_, data, builds_on, _ in rows:
         unpacker = Unpacker(task.codec, ns, [blob for at, blob in bases if at == ns])
         blob = Blob(channel, version, type_, data, (builds_on or [""])[-1])
         place = blob_place(ns, channel, version)

@@ -314,7 +314,8 @@ def _refuse_foreign(found: bytes, hot_tier: str | None) -> None:
     if hot_tier is None or found != hot_tier.encode():
         msg = (
             "this Redis is the hot tier of another database (under the same key_prefix), so nothing"
-            " was read or written. Use another Redis, or another key_prefix."
+            " was read or written. Use another Redis, or another key_prefix; or, if that database"
+            " is gone or began anew, delete its keys, which begin with {key_prefix:."
         )
         raise ConfigurationError(msg)
 
