@@ -148,8 +148,8 @@ class Vat(Managed):
 
         ``LANGGRAPH_VAT_POSTGRES`` is needed; ``LANGGRAPH_VAT_REDIS``,
         ``LANGGRAPH_VAT_SCHEMA``, ``LANGGRAPH_VAT_KEYS`` (a keyring's text
-        form), ``LANGGRAPH_VAT_FLUSH_EVERY`` and ``LANGGRAPH_VAT_FLUSH_AFTER``
-        may be there.
+        form), ``LANGGRAPH_VAT_KEY_PREFIX``, ``LANGGRAPH_VAT_FLUSH_EVERY`` and
+        ``LANGGRAPH_VAT_FLUSH_AFTER`` may be there.
 
         Raises:
             ConfigurationError: A variable is missing or cannot work.
@@ -166,7 +166,7 @@ class Vat(Managed):
             keyring=Keyring.from_env() if has_keys else None,
             index=index,
             ttl=ttl,
-            **_numbers_from_env(),
+            **_settings_from_env(),
         )
 
     def setup(self, *, create_extension: bool = True) -> None:
@@ -206,14 +206,14 @@ class Vat(Managed):
             self._servers.stop()
 
 
-def _numbers_from_env() -> dict[str, Any]:
-    numbers: dict[str, Any] = {}
-    for name, kind in (("flush_every", int), ("flush_after", float)):
+def _settings_from_env() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in (("flush_every", int), ("flush_after", float), ("key_prefix", str)):
         text = os.environ.get(f"LANGGRAPH_VAT_{name.upper()}")
         if text:
             try:
-                numbers[name] = kind(text)
+                found[name] = kind(text)
             except ValueError:
                 msg = f"environment variable LANGGRAPH_VAT_{name.upper()} must be a number"
                 raise ConfigurationError(msg) from None
-    return numbers
+    return found
