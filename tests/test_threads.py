@@ -172,6 +172,7 @@ def test_pages_lead_through_ties_once_each_while_others_write(make, postgres_url
         seen, last, moved = [], None, set()
         while page := saver.threads.search(metadata=metadata, before=last, limit=7):
             seen += names(page)
+            assert len(seen) <= len(expected)
             last = page[-1]
             # To the front go one that was seen, one that was not, and one that is new.
             waiting = [one for one in expected if one not in moved.union(seen)]
