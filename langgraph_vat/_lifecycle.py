@@ -17,7 +17,7 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops.flush import flush, note_durable, overdue
 from langgraph_vat._ops.shared import Shared
-from langgraph_vat._ops.sweep import sweep_in_turn
+from langgraph_vat._ops.sweep import count_reads, sweep_in_turn
 from langgraph_vat._ops.threads import reopen_abandoned
 from langgraph_vat._ops.tiers import refresh
 from langgraph_vat.errors import UnavailableError, VatError
@@ -76,6 +76,9 @@ class Lifecycle:
         waiting = self.shared.copies.older_than(0)
         if waiting:
             self._flush_last(waiting)
+        if self.shared.read:
+            with suppress(VatError):  # then they do not count
+                drive(count_reads(self.shared, self.connections.blocking()))
 
     def _refuse_closed(self) -> None:
         if self.shared.is_closing:

@@ -79,7 +79,7 @@ class ThreadInfo(NamedTuple):
     thread_id: str
     created_at: datetime
     updated_at: datetime
-    """When its last step, or write, came to Postgres."""
+    """When its last step, or write, came to Postgres; or when it was read, if that counts."""
     steps: int
     """Checkpoints, of all namespaces."""
     bytes: int

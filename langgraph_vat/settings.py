@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, TypeVar
 
+from langgraph_vat._plain import is_plain
 from langgraph_vat.errors import ConfigurationError
 
 # Longer than anybody waits, and short enough for the servers' own clocks.
@@ -69,7 +70,11 @@ class Retention:
             self.strategy in ("delete", "keep_latest"),
             "strategy must be 'delete' or 'keep_latest'",
         )
-        _require(isinstance(self.metadata, Mapping), "metadata must be a mapping")
+        _require(
+            isinstance(self.metadata, Mapping) and is_plain(dict(self.metadata)),
+            "metadata must be a mapping of names to what JSON can hold",
+        )
+        object.__setattr__(self, "metadata", dict(self.metadata))
         _require(type(self.refresh_on_read) is bool, "refresh_on_read must be True or False")
 
     @classmethod
@@ -154,6 +159,10 @@ class Settings:
         _require(
             all(type(key) is str and key for key in self.thread_metadata),
             "thread_metadata must be names of metadata",
+        )
+        _require(
+            self.retention is None or self.retention.metadata.keys() <= {*self.thread_metadata},
+            "a policy's metadata must be among thread_metadata: by other keys it finds no thread",
         )
         _require(0 < self.flush_after <= _YEAR_S, "flush_after must be 0 seconds to a year")
         _require(1 <= self.head_ttl_s <= 10 * _YEAR_S, "head_ttl_s must be 1 second to 10 years")

@@ -102,7 +102,15 @@ class Threads:
 
     async def _retain(self, backend: Backend, thread_id: str, policy: Retention | None) -> None:
         stored = self._view.stored(thread_id)
+        self._check(policy)
         await retention.retain(self._life.shared, backend, stored, sweep.to_json(policy))
+
+    def _check(self, policy: Retention | None) -> None:
+        keys = self._life.shared.settings.thread_metadata
+        if policy is not None and not policy.metadata.keys() <= {*keys}:
+            raise InvalidInputError(
+                "the policy's metadata must be among thread_metadata; nothing was changed"
+            )
 
     def sweep(self, policy: Retention | None = None, *, dry_run: bool = False) -> Swept:
         """
@@ -127,6 +135,7 @@ class Threads:
 
     async def _sweep(self, backend: Backend, policy: Retention | None, *, is_dry: bool) -> Swept:
         shared = self._life.shared
+        self._check(policy)
         return await sweep.sweep(
             shared,
             backend,

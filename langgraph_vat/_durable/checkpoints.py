@@ -70,21 +70,21 @@ SELECT thread_id FROM vat_threads WHERE thread_id = ANY(%(threads)s)
 
 # Reading keeps a thread, where the policy says so.
 TOUCH_THREADS: LiteralString = """
-UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s)
+UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s) RETURNING thread_id
 """
 
 _COUNTED: LiteralString = """
 (SELECT count(*) FROM checkpoints c WHERE c.thread_id = t.thread_id),
 coalesce((
-    SELECT sum(pg_column_size(c.checkpoint) + pg_column_size(c.metadata)
-               + coalesce(pg_column_size(c.vat_exact), 0))
+    SELECT sum(octet_length(c.checkpoint::text) + octet_length(c.metadata::text)
+               + coalesce(octet_length(c.vat_exact), 0))
     FROM checkpoints c WHERE c.thread_id = t.thread_id
 ), 0)
 + coalesce((
-    SELECT sum(pg_column_size(b.blob)) FROM checkpoint_blobs b WHERE b.thread_id = t.thread_id
+    SELECT sum(octet_length(b.blob)) FROM checkpoint_blobs b WHERE b.thread_id = t.thread_id
 ), 0)
 + coalesce((
-    SELECT sum(pg_column_size(w.blob)) FROM checkpoint_writes w WHERE w.thread_id = t.thread_id
+    SELECT sum(octet_length(w.blob)) FROM checkpoint_writes w WHERE w.thread_id = t.thread_id
 ), 0)
 """
 
@@ -94,15 +94,26 @@ SELECT_SIZE: LiteralString = (
 
 # After rows came or went otherwise than by a flush.
 RECOUNT_THREADS: LiteralString = (
-    "UPDATE vat_threads t SET (steps, bytes, head_id, kept) = (SELECT"
+    "UPDATE vat_threads t SET kept = 0, (steps, bytes, head_id) = (SELECT"
     + _COUNTED
     + """, (
     SELECT max(c.checkpoint_id) FROM checkpoints c
     WHERE c.thread_id = t.thread_id AND c.checkpoint_ns = ''
-), 0)
+))
 """
 )
-RECOUNT_THREAD: LiteralString = RECOUNT_THREADS + "WHERE t.thread_id = %(thread)s"
+RECOUNT_THREAD: tuple[LiteralString, ...] = (
+    RECOUNT_THREADS + "WHERE t.thread_id = %(thread)s",
+    """
+UPDATE vat_threads t SET metadata = coalesce((
+    SELECT jsonb_object_agg(m.key, m.value)
+    FROM checkpoints c CROSS JOIN LATERAL jsonb_each(c.metadata) AS m
+    WHERE c.thread_id = t.thread_id AND c.checkpoint_ns = '' AND c.checkpoint_id = t.head_id
+    AND m.key = ANY(%(shown)s::text[])
+), '{}')
+WHERE t.thread_id = %(thread)s
+""",
+)
 
 RAISE_HISTORY: LiteralString = """
 UPDATE vat_threads SET history = history + 1
@@ -589,7 +600,7 @@ WHERE b.thread_id = %(thread)s AND NOT EXISTS (
 
 # What a policy says of a thread: whether it has expired, and how many steps it may keep.
 # A thread's own policy stands for the saver's. What a sweep had to leave is no reason for
-# another one.
+# another one, unless that keeps fewer.
 _DUE: LiteralString = """
 SELECT t.thread_id, x.is_expired, p.policy ->> 'strategy', (p.policy ->> 'keep_last')::bigint
 FROM vat_threads t
@@ -600,8 +611,9 @@ CROSS JOIN LATERAL (SELECT coalesce(greatest(
 ), false)) AS x (is_expired)
 WHERE t.metadata @> coalesce(p.policy -> 'metadata', '{}')
 AND (
-    x.is_expired AND (p.policy ->> 'strategy' = 'delete' OR t.steps > t.kept)
-    OR t.steps > (p.policy ->> 'keep_last')::bigint AND t.steps > t.kept
+    x.is_expired AND (p.policy ->> 'strategy' = 'delete' OR t.steps > t.kept OR t.kept_last > 1)
+    OR t.steps > (p.policy ->> 'keep_last')::bigint
+    AND (t.steps > t.kept OR t.kept_last > (p.policy ->> 'keep_last')::bigint)
 )
 """
 
@@ -616,7 +628,9 @@ ORDER BY t.thread_id LIMIT %(limit)s
 
 IS_DUE: LiteralString = _DUE + "AND t.thread_id = %(thread)s"
 
-NOTE_KEPT: LiteralString = "UPDATE vat_threads SET kept = steps WHERE thread_id = %(thread)s"
+NOTE_KEPT: LiteralString = """
+UPDATE vat_threads SET kept = steps, kept_last = %(most)s WHERE thread_id = %(thread)s
+"""
 
 # Of many processes one sweeps, each time.
 CLAIM_SWEEP: LiteralString = """
@@ -701,10 +715,6 @@ FROM checkpoint_writes WHERE thread_id = %(thread)s
     """
 INSERT INTO vat_floors (thread_id, checkpoint_ns, floor)
 SELECT %(target)s, checkpoint_ns, floor FROM vat_floors WHERE thread_id = %(thread)s
-""",
-    """
-UPDATE vat_threads t SET metadata = s.metadata FROM vat_threads s
-WHERE t.thread_id = %(target)s AND s.thread_id = %(thread)s
 """,
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from psycopg import sql
 
-from langgraph_vat._durable.plain import is_plain, is_text
+from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat.errors import InvalidInputError
 
 OPERATORS = ("$eq", "$ne", "$gt", "$gte", "$lt", "$lte")

@@ -9,7 +9,7 @@ All keys of a row together fit one B-tree page, so each part has its limit.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from langgraph_vat._durable.plain import is_text
+from langgraph_vat._plain import is_text
 from langgraph_vat.errors import InvalidInputError
 
 # A stored thread id that begins so belongs to a tenant's view.

@@ -14,7 +14,6 @@ from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory, writ
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable import checkpoints as sql
-from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.protocols import Backend, HotTierError, Row
@@ -24,6 +23,7 @@ from langgraph_vat._ops.shared import Known, Shared
 from langgraph_vat._ops.threads import find
 from langgraph_vat._ops.tiers import degrade, hot_to_read
 from langgraph_vat._ops.values import READABLE_METADATA, Unpacker, to_tuple
+from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Snapshot, Write
 from langgraph_vat._seal.codec import Codec, SealedCodec
 from langgraph_vat.errors import SealError

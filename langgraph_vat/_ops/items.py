@@ -33,11 +33,11 @@ from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.filters import check_filter, matches
-from langgraph_vat._durable.plain import is_plain, is_text
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Session
 from langgraph_vat._ops import search
 from langgraph_vat._ops.search import VectorIndex
+from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey

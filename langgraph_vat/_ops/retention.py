@@ -18,7 +18,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.history import flush_waiting
-from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.shared import Shared, recount
 from langgraph_vat._ops.threads import change_history, find
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.codec import Codec
@@ -57,12 +57,12 @@ async def keep_latest(shared: Shared, backend: Backend, thread_id: str) -> None:
     """Keep the newest checkpoint of each namespace, with its writes and values."""
 
     async def body(session: Session, _: Fence) -> None:
-        await keep(session, thread_id, 1)
+        await keep(shared, session, thread_id, 1)
 
     await change_history(shared, backend, thread_id, body)
 
 
-async def keep(session: Session, thread_id: str, most: int) -> None:
+async def keep(shared: Shared, session: Session, thread_id: str, most: int) -> None:
     """
     Keep so many of the newest checkpoints of each namespace.
 
@@ -81,8 +81,9 @@ async def keep(session: Session, thread_id: str, most: int) -> None:
                 kept |= {row[0] for row in await session.fetch(sql.SELECT_CHAIN, chain)}
         for statement in (sql.PRUNE_WRITES, sql.PRUNE_CHECKPOINTS, sql.RAISE_FLOOR):
             await session.execute(statement, {**params, "kept": sorted(kept)})
-    for statement in (*sql.COLLECT, sql.RECOUNT_THREAD):
+    for statement in sql.COLLECT:
         await session.execute(statement, only)
+    await recount(shared, session, thread_id)
 
 
 async def delete_for_runs(
@@ -100,8 +101,9 @@ async def delete_for_runs(
         await session.execute(sql.NOTE_DELETED_RUNS, params)
 
     async def body(thread_id: str, session: Session, _: Fence) -> None:
-        for statement in (*sql.DELETE_RUNS, *sql.COLLECT, sql.RECOUNT_THREAD):
+        for statement in (*sql.DELETE_RUNS, *sql.COLLECT):
             await session.execute(statement, {**params, "thread": thread_id})
+        await recount(shared, session, thread_id)
 
     threads = [row[0] for row in await backend.durable.fetch(sql.THREADS_OF_RUNS, params)]
     await backend.durable.transact(note)
@@ -148,7 +150,7 @@ async def copy_thread(
         if source.data_key is not None:
             codecs = source.codec(serde, source_id), target.codec(serde, target_id)
             await _reseal(session, target_id, *codecs)
-        await session.execute(sql.RECOUNT_THREAD, {"thread": target_id})
+        await recount(shared, session, target_id)
 
     await change_history(shared, backend, target_id, body)
 

@@ -20,7 +20,7 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.compact import BlobKey, pack_stored
 from langgraph_vat._ops.history import flush_waiting
-from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.shared import Known, Shared, recount
 from langgraph_vat._ops.threads import find
 from langgraph_vat._ops.values import Unpacker, blob_place, write_place
 from langgraph_vat._records import Blob, Rewritten, Write
@@ -59,11 +59,13 @@ async def rewrite(
         if known is not None:
             await flush_waiting(shared, backend, after)
             task = _Task(after, known, known.codec(serde, after), is_compact)
-            done = Rewritten(*map(sum, zip(done, await _thread(backend, task), strict=True)))
+            done = Rewritten(
+                *map(sum, zip(done, await _thread(shared, backend, task), strict=True))
+            )
     return done
 
 
-async def _thread(backend: Backend, task: _Task) -> Rewritten:
+async def _thread(shared: Shared, backend: Backend, task: _Task) -> Rewritten:
     values = left = 0
     for page, places in ((_blobs, 3), (_writes, 4)):
         after: Sequence[Any] = ("", "", "", -1)[:places]
@@ -77,7 +79,7 @@ async def _thread(backend: Backend, task: _Task) -> Rewritten:
                 if not rows or rows[0][1] != task.known.fence.generation:
                     return [], 0
                 found: tuple[list[Row], int] = await page(session, task, after)
-                await session.execute(sql.RECOUNT_THREAD, {"thread": task.thread_id})
+                await recount(shared, session, task.thread_id)
                 return found
 
             rows, rewritten = await backend.durable.transact(body)

@@ -6,13 +6,15 @@ from typing import Any
 import orjson
 
 from langgraph_vat._durable import checkpoints as sql
-from langgraph_vat._durable.plain import is_plain
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops.history import flush_waiting
 from langgraph_vat._ops.shared import Shared
+from langgraph_vat._plain import is_plain
 from langgraph_vat._records import ThreadInfo
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.settings import Retention
+
+_MOST = 10_000
 
 
 async def search_threads(
@@ -36,8 +38,8 @@ async def search_threads(
         )
     if not all(is_plain(value) for value in metadata.values()):
         raise InvalidInputError("threads can be searched by values that JSON can hold; not by this")
-    if type(limit) is not int or limit < 1:
-        raise InvalidInputError("limit must be at least 1")
+    if type(limit) is not int or not 1 <= limit <= _MOST:
+        raise InvalidInputError(f"limit must be a number of threads from 1 to {_MOST:,}")
     if before is None:
         await flush_waiting(shared, backend, None)
     params = {

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
+from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot.copies import Copies
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.forks import renew_after_fork
+from langgraph_vat._io.protocols import Session
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
@@ -152,6 +154,13 @@ class Shared:
     def epoch(self) -> bytes:
         """The epoch in the form that scripts compare."""
         return b"%d" % self.state.epoch
+
+
+async def recount(shared: Shared, session: Session, thread_id: str) -> None:
+    """Bring up to date what is told of a thread, after rows came or went without a flush."""
+    params = {"thread": thread_id, "shown": list(shared.settings.thread_metadata)}
+    for statement in sql.RECOUNT_THREAD:
+        await session.execute(statement, params)
 
 
 def now() -> float:

@@ -10,13 +10,14 @@ die while they do: a thread is swept whole or not at all.
 
 import logging
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import orjson
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._io.protocols import Backend, Session
+from langgraph_vat._ops.history import flush_waiting
 from langgraph_vat._ops.retention import keep
 from langgraph_vat._ops.shared import Shared
 from langgraph_vat._ops.threads import change_history
@@ -60,6 +61,7 @@ async def sweep(
         prefix: What the stored thread ids begin with.
         is_dry: Whether to find out only what would go.
     """
+    await count_reads(shared, backend)
     params: dict[str, Any] = {"policy": to_json(policy), "prefix": prefix, "limit": _PAGE}
     after, size, swept = "", _PAGE, Swept(0, 0, 0)
     while size == _PAGE:
@@ -90,8 +92,9 @@ async def _sweep_one(
             for statement in sql.DELETE_ROWS:
                 await session.execute(statement, only)
             return
-        await keep(session, due.thread_id, 1 if due.is_expired else due.keep_last or 1)
-        await session.execute(sql.NOTE_KEPT, only)
+        most = 1 if due.is_expired else due.keep_last or 1
+        await keep(shared, session, due.thread_id, most)
+        await session.execute(sql.NOTE_KEPT, {**only, "most": most})
         steps, size = (await session.fetch(sql.SELECT_SIZE, only))[0]
         gone = Swept(1, gone.checkpoints - steps, gone.bytes - size)
 
@@ -101,6 +104,7 @@ async def _sweep_one(
         raise _LeftAloneError
 
     if is_dry:
+        await flush_waiting(shared, backend, due.thread_id)
         with suppress(_LeftAloneError):
             await backend.durable.transact(look)
         return gone
@@ -110,12 +114,17 @@ async def _sweep_one(
     return gone if done else Swept(0, 0, 0)
 
 
-async def sweep_in_turn(shared: Shared, backend: Backend) -> None:
-    """Sweep, unless some process has done so within the interval; count what was read as used."""
-    policy = shared.settings.retention
+async def count_reads(shared: Shared, backend: Backend) -> None:
+    """Have what this process read count as used, where the policy says so."""
     read, shared.read = shared.read, set()
     if read:
         await backend.durable.fetch(sql.TOUCH_THREADS, {"threads": sorted(read)})
+
+
+async def sweep_in_turn(shared: Shared, backend: Backend) -> None:
+    """Sweep, unless some process has done so within the interval."""
+    policy = shared.settings.retention
+    await count_reads(shared, backend)
     if policy is None or policy.sweep_interval_minutes is None:
         return
     params = {"seconds": policy.sweep_interval_minutes * 60}
@@ -131,4 +140,6 @@ async def sweep_in_turn(shared: Shared, backend: Backend) -> None:
 
 def to_json(policy: Retention | None) -> str | None:
     """Return a policy as the statements read it."""
-    return orjson.dumps(asdict(policy)).decode() if policy is not None else None
+    if policy is None:
+        return None
+    return orjson.dumps({one.name: getattr(policy, one.name) for one in fields(policy)}).decode()

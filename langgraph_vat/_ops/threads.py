@@ -27,7 +27,7 @@ from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import EMPTY_HEAD, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
-from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.shared import Known, Shared, recount
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._ops.values import (
     Unpacker,
@@ -96,13 +96,13 @@ async def _add(
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
     added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
     if not is_sealed:
-        await _recount(backend, thread_id)
+        await _recount(shared, backend, thread_id)
     return added[0], added[1], added[2]
 
 
-async def _recount(backend: Backend, thread_id: str) -> None:
+async def _recount(shared: Shared, backend: Backend, thread_id: str) -> None:
     async def body(session: Session) -> None:
-        await session.execute(sql.RECOUNT_THREAD, {"thread": thread_id})
+        await recount(shared, session, thread_id)
 
     await backend.durable.transact(body)
 

@@ -26,7 +26,7 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.types import TASKS
 
 from langgraph_vat._durable.packing import damaged, is_packed, unpack
-from langgraph_vat._durable.plain import is_plain
+from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
 from langgraph_vat.errors import InvalidInputError, SealError
