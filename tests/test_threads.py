@@ -658,7 +658,11 @@ def test_a_threads_own_policy_stands_for_the_savers(make, postgres_url):
 
 
 def test_a_policy_is_given_to_known_threads_only_and_goes_with_them(make, postgres_url):
-    saver = make()
+    saver = make(thread_metadata=("a",))
+    with pytest.raises(InvalidInputError, match="thread_metadata"):
+        saver.threads.retain("never", Retention(keep_last=1, metadata={"b": 1}))
+    with pytest.raises(InvalidInputError, match="thread_metadata"):
+        saver.threads.sweep(Retention(keep_last=1, metadata={"b": 1}))
     for thread in ("never", "deleted"):
         if thread == "deleted":
             grow(saver, thread)
@@ -981,7 +985,10 @@ def test_settings_of_threads_that_cannot_work_are_refused(wrong):
 
 def test_a_policy_may_be_a_mapping(make):
     given = {"default_ttl": 1.5, "keep_last": 3, "strategy": "keep_latest", "metadata": {"a": 1}}
-    assert Settings.of({"retention": given}).retention == Retention(**given) == Retention.of(given)
+    told: Any = {"retention": given, "thread_metadata": ("a",)}
+    assert Settings.of(told).retention == Retention(**given) == Retention.of(given)
+    with pytest.raises(ConfigurationError, match="thread_metadata"):
+        Settings.of({"retention": given})
     assert Settings.of({"retention": None}).retention is None
 
 

@@ -494,8 +494,10 @@ async def _insert(
     )
     rows = [(*key, *value) for key, value in checkpoints.items()]
     sizes = dict.fromkeys((thread_id for thread_id, _ in pairs), 0)
-    for thread_id, *values in (*rows, *stored):
-        sizes[thread_id] += sum(len(v) for v in values if isinstance(v, bytes | str))
+    for thread_id, *_, checkpoint, metadata, _, exact in rows:
+        sizes[thread_id] += len(checkpoint) + len(metadata) + len(exact or b"")
+    for thread_id, *values in stored:
+        sizes[thread_id] += sum(len(value) for value in values if isinstance(value, bytes))
     params = {**columns(rows, *names), **columns(list(sizes.items()), "touched", "sizes")}
     await session.execute(sql.INSERT_CHECKPOINTS, {**params, "shown": list(shown)})
 
