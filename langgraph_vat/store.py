@@ -1,11 +1,20 @@
 """LangGraph's store on Postgres and pgvector: each method pair is one operation."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
+from langgraph.store.base import (
+    NOT_PROVIDED,
+    BaseStore,
+    IndexConfig,
+    Item,
+    NotProvided,
+    Op,
+    Result,
+    TTLConfig,
+)
 
 from langgraph_vat._io.addresses import PostgresSource
 from langgraph_vat._io.connections import Connections
@@ -39,7 +48,7 @@ class SemanticStore(Managed, BaseStore):
         serde: Serializer of what JSON cannot hold.
 
     Raises:
-        ConfigurationError: The index cannot work.
+        ConfigurationError: The index or the TTL cannot work.
     """
 
     supports_ttl = True
@@ -58,6 +67,8 @@ class SemanticStore(Managed, BaseStore):
             if config is not None and not isinstance(config, dict):
                 msg = f"{name} must be a dict, as LangGraph's stores take it"
                 raise ConfigurationError(msg)
+        if ttl is not None and not items.is_ttl(ttl.get("default_ttl")):
+            raise ConfigurationError(f"default_{items.TTL_RULE}")
         self.ttl_config = ttl
         self.index_config = index
         self._connections = connections
@@ -130,6 +141,62 @@ class SemanticStore(Managed, BaseStore):
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
         return await items.batch(self._items, await self._connections.asyncio(), ops)
+
+    # --- keys ------------------------------------------------------------
+    # BaseStore takes str(key) of whatever it is given: the items of all users
+    # whose id is missing would be one, called "None".
+
+    def get(
+        self, namespace: tuple[str, ...], key: str, *, refresh_ttl: bool | None = None
+    ) -> Item | None:
+        """Return an item; None if there is none."""
+        items.check_key(key)
+        return super().get(namespace, key, refresh_ttl=refresh_ttl)
+
+    async def aget(
+        self, namespace: tuple[str, ...], key: str, *, refresh_ttl: bool | None = None
+    ) -> Item | None:
+        """Like `get`."""
+        items.check_key(key)
+        return await super().aget(namespace, key, refresh_ttl=refresh_ttl)
+
+    def put(
+        self,
+        namespace: tuple[str, ...],
+        key: str,
+        value: Mapping[str, Any],
+        index: Literal[False] | list[str] | None = None,
+        *,
+        ttl: float | NotProvided | None = NOT_PROVIDED,
+    ) -> None:
+        """Store an item; `index` are the paths to embed instead of the store's, False for none."""
+        items.check_key(key)
+        super().put(namespace, key, value, index, ttl=ttl)
+
+    async def aput(
+        self,
+        namespace: tuple[str, ...],
+        key: str,
+        value: Mapping[str, Any],
+        index: Literal[False] | list[str] | None = None,
+        *,
+        ttl: float | NotProvided | None = NOT_PROVIDED,
+    ) -> None:
+        """Like `put`."""
+        items.check_key(key)
+        await super().aput(namespace, key, value, index, ttl=ttl)
+
+    def delete(self, namespace: tuple[str, ...], key: str) -> None:
+        """Delete an item, if there is one."""
+        items.check_key(key)
+        super().delete(namespace, key)
+
+    async def adelete(self, namespace: tuple[str, ...], key: str) -> None:
+        """Like `delete`."""
+        items.check_key(key)
+        await super().adelete(namespace, key)
+
+    # --- expiry ----------------------------------------------------------
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""
