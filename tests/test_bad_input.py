@@ -247,6 +247,9 @@ def test_servers_that_are_not_there_are_named(postgres_url: str, redis_url: str)
         ("postgresql://h/db", "redis://u:SECRETPW@h:99999"),
         ("postgresql://h/db", "redis://u:SECRETPW@[bad"),
         ("postgresql://h/db", "redis://u:SECRETPW@h?bogus=1"),
+        ("postgresql://h/db", "redis://:12?SECRET=PW@h"),
+        ("postgresql://h/db", "redis://:12/SECRETPW@h"),
+        ("postgresql://h/db", "redis://u/SECRETPW@h"),
     ],
 )
 def test_no_part_of_a_password_shows_in_a_traceback(postgres: Any, url: Any) -> None:
@@ -270,6 +273,23 @@ def test_a_password_that_ends_a_url_too_early_does_not_show(url: str) -> None:
     with pytest.raises(UnavailableError, match="%2F") as caught:
         saver.setup()
     assert "SECRET" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    saver.close()
+
+
+async def test_a_password_that_ends_a_url_too_early_does_not_show_in_a_loop() -> None:
+    saver = HybridSaver.from_conn_string("postgresql://user:hun@SECRET@127.0.0.1:1/db")
+    with pytest.raises(UnavailableError, match="%2F") as caught:
+        await saver.asetup()
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    await saver.aclose()
+
+
+def test_why_a_server_refused_is_the_cause() -> None:
+    saver = HybridSaver.from_conn_string("postgresql://user@127.0.0.1:1/db", timeout_s=2.0)
+    with pytest.raises(UnavailableError, match="no connection") as caught:
+        saver.setup()
+    assert isinstance(caught.value.__cause__, psycopg.OperationalError)
     saver.close()
 
 
@@ -291,7 +311,12 @@ def test_a_password_that_ends_a_url_too_early_does_not_show(url: str) -> None:
         ({"head_ttl_s": 10**17}, "head_ttl_s"),
         ({"timeout_s": 1e10}, "timeout_s"),
         ({"epoch_ttl_s": float("nan")}, "epoch_ttl_s"),
-        ({"redis": "redis+cluster://h/3"}, "cannot be used"),
+        ({"redis": "redis+cluster://h/3"}, "option 'db' of the Redis URL .* cannot be used"),
+        ({"redis": "redis://h?bogus=1"}, "option 'bogus' of the Redis URL"),
+        ({"redis": "redis://h?bogus=1&worse=2"}, "an option of the Redis URL"),
+        ({"redis": "redis://h/abc"}, "number of a database"),
+        ({"redis": "redis://h/-1"}, "number of a database"),
+        ({"redis": "redis+sentinel://h/mine/abc"}, "number of a database"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(wrong: Any, named: str) -> None:

@@ -9,8 +9,7 @@ its loop; an async generator that the loop closes when it shuts down
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
@@ -28,10 +27,12 @@ from langgraph_vat._io.asyncio import AsyncioBackend, AsyncioDurable, AsyncioHot
 from langgraph_vat._io.blocking import BlockingBackend, BlockingDurable, BlockingHot
 from langgraph_vat._io.forks import renew_after_fork
 from langgraph_vat._io.pool import AsyncioPool, BlockingPool
-from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError
+from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError, VatError
 from langgraph_vat.settings import Settings
 
 SELECT_PID = "SELECT pg_backend_pid()"
+# What a first connection may meet that is not a fault of ours.
+_REFUSED = (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege)
 # Kept alive in a forked child: to close one would say goodbye on its parent's socket.
 _inherited: list[Any] = []
 
@@ -157,10 +158,16 @@ class Connections:
 
     def _open_blocking(self) -> tuple[BlockingBackend, BlockingPool]:
         address, settings = self._postgres, self._settings
-        with self._connecting(), psycopg.connect(**address.parameters()) as connection:
-            (pid,) = connection.execute(SELECT_PID).fetchone() or (0,)
-            address.note_backend(connection.info.backend_pid, pid)
-            connection.execute(address.create_schema)
+        failure = None
+        try:
+            with psycopg.connect(**address.parameters()) as connection:
+                (pid,) = connection.execute(SELECT_PID).fetchone() or (0,)
+                address.note_backend(connection.info.backend_pid, pid)
+                connection.execute(address.create_schema)
+        except _REFUSED as error:
+            failure = self._failure(error)
+        if failure is not None:
+            raise failure  # outside the handler: see there
         pool = BlockingPool(address, settings.pool_size, settings.timeout_s)
         hot = None
         if self._redis is not None:
@@ -169,42 +176,47 @@ class Connections:
 
     async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None], AsyncioPool]:
         address, settings = self._postgres, self._settings
-        with self._connecting():
-            async with await psycopg.AsyncConnection.connect(
-                **await address.aparameters()
-            ) as connection:
+        failure = None
+        try:
+            connecting = psycopg.AsyncConnection.connect(**await address.aparameters())
+            async with await connecting as connection:
                 (pid,) = await (await connection.execute(SELECT_PID)).fetchone() or (0,)
                 address.note_backend(connection.info.backend_pid, pid)
                 await connection.execute(address.create_schema)
+        except _REFUSED as error:
+            failure = self._failure(error)
+        if failure is not None:
+            raise failure  # outside the handler: see there
         pool = AsyncioPool(address, settings.pool_size, settings.timeout_s)
         hot = AsyncioHot(self._redis.client(redis.asyncio)) if self._redis is not None else None
         lifetime = _until_loop_ends(pool, hot)
         await anext(lifetime)
         return AsyncioBackend(AsyncioDurable(pool), hot), lifetime, pool
 
-    @contextmanager
-    def _connecting(self) -> Iterator[None]:
-        try:
-            yield
-        except psycopg.errors.InsufficientPrivilege as error:
-            msg = (
+    def _failure(self, error: psycopg.Error) -> VatError:
+        """
+        Return what a first connection's error means, to be raised outside its handler.
+
+        libpq's error is its cause, except where a part of the password may be in it.
+        """
+        failure: VatError
+        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            failure = SchemaError(
                 f"the Postgres role may not create the schema ({error.diag.message_primary})."
                 " Nothing was written. Have it created once, or leave out schema=."
             )
-            raise SchemaError(msg) from error
-        except psycopg.OperationalError as error:
-            raise self._no_postgres() from error
-
-    def _no_postgres(self) -> UnavailableError:
-        if not (where := str(self._postgres)):
+        elif where := str(self._postgres):
+            failure = UnavailableError(
+                f"no connection to Postgres at {where}. Nothing was written."
+                " Check the address, the credentials and that the server runs."
+            )
+        else:
             return UnavailableError(
                 "no connection to Postgres: its URL was read otherwise than it was meant. Nothing"
                 " was written. Write characters such as / @ : % in a password as %2F %40 %3A %25."
             )
-        return UnavailableError(
-            f"no connection to Postgres at {where}. Nothing was written."
-            " Check the address, the credentials and that the server runs."
-        )
+        failure.__cause__ = error
+        return failure
 
 
 def closed() -> ConfigurationError:
