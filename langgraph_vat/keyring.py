@@ -20,6 +20,7 @@ is found by its id, never by trying.
 import base64
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,12 +97,13 @@ class Keyring:
         Return the keyring whose text form a file holds.
 
         Raises:
-            ConfigurationError: It is not there, others may read it, or a key
-                in it is unusable.
+            ConfigurationError: It is not there, its group or others may use
+                it, or a key in it is unusable. Of a file of root's, who is not
+                its reader, the group may read: secrets are mounted so.
         """
         try:
             with Path(path).open("rb") as file:
-                _refuse_open_to_all(file.fileno(), path)
+                _refuse_open_to_others(file.fileno(), path)
                 return cls(_parse(file.read().decode("ascii", "replace")))
         except OSError as error:
             raise ConfigurationError(
@@ -117,7 +119,8 @@ class Keyring:
 
         Raises:
             ConfigurationError: The file is there already, and was left as it
-                is: keys that are overwritten are lost with all they sealed.
+                is: keys that are overwritten are lost with all they sealed. Or
+                it cannot be made.
         """
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -125,6 +128,11 @@ class Keyring:
             raise ConfigurationError(
                 f"key file {path} exists and was not overwritten; save to another path, and remove"
                 " the old file once nobody reads it"
+            ) from None
+        except OSError as error:
+            raise ConfigurationError(
+                f"key file {path} cannot be made ({type(error).__name__}); the keys were not saved."
+                " Save them to a directory that exists and that you may write to"
             ) from None
         with os.fdopen(descriptor, "w") as file:
             file.write(self.export_secret_text())
@@ -206,9 +214,18 @@ class Keyring:
         raise TypeError("a Keyring holds secrets and cannot be copied or pickled")
 
 
-def _refuse_open_to_all(descriptor: int, path: str | Path) -> None:
-    if os.fstat(descriptor).st_mode & stat.S_IRWXO:
-        raise ConfigurationError(f"key file {path} is open to every user; chmod it to 600")
+def _refuse_open_to_others(descriptor: int, path: str | Path) -> None:
+    """Refuse a key file as Postgres refuses one of TLS."""
+    status = os.fstat(descriptor)
+    # Secrets that a container is given are root's; its user reads them by its group.
+    is_mounted = status.st_uid == 0 != os.geteuid()
+    refused = stat.S_IRWXO | (stat.S_IWGRP | stat.S_IXGRP if is_mounted else stat.S_IRWXG)
+    if status.st_mode & refused:
+        allowed = "640" if is_mounted else "600"
+        raise ConfigurationError(
+            f"key file {path} is open to its group or to others; it was not used. Run:"
+            f" chmod {allowed} {shlex.quote(str(path))}"
+        )
 
 
 def _refuse_unusable(key_id: str, key: bytes) -> None:

@@ -25,7 +25,19 @@ from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Lifecycle
 from langgraph_vat._ops import history, hot, retention
-from langgraph_vat._ops.address import View, check, check_channels, check_run_ids
+from langgraph_vat._ops.address import (
+    View,
+    check,
+    check_before,
+    check_channels,
+    check_checkpoint,
+    check_config,
+    check_ids,
+    check_limit,
+    check_mapping,
+    check_run_ids,
+    check_writes,
+)
 from langgraph_vat._ops.flush import flush, overdue
 from langgraph_vat._ops.schema import (
     check_checkpoints,
@@ -250,9 +262,9 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         """
         if self._view.is_scoped:
             raise InvalidInputError("this is a tenant's view already; take another from the saver")
-        check("tenant", tenant)
         view = copy.copy(self)
-        view._view = View(tenant)  # noqa: SLF001 - a copy of this very object
+        # Not None: that is the view of all that belongs to no tenant.
+        view._view = View(check("tenant", tenant))  # noqa: SLF001 - a copy of this very object
         return view
 
     def with_allowlist(
@@ -307,9 +319,9 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         stored, namespace, parent_id = self._where(config)
-        check("checkpoint_id", checkpoint["id"])
-        check_channels(checkpoint["channel_versions"])
-        check_channels(new_versions)
+        check_checkpoint(checkpoint)
+        check_channels("new_versions", new_versions)
+        check_mapping("metadata", metadata)
         known = get_checkpoint_metadata(config, metadata)
         check("run_id", str(known.get("run_id", "")), may_be_empty=True)
         new = hot.Put(
@@ -360,19 +372,18 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         task_path: str,
     ) -> None:
         stored, namespace, checkpoint_id = self._where(config)
-        check("checkpoint_id", checkpoint_id or None)
-        for channel, _ in writes:
-            check("channel name", channel)
+        check("checkpoint_id", checkpoint_id or None, within=_CONFIGURABLE)
+        pairs = check_writes(writes)
         new = hot.PutWrites(
             thread_id=stored,
             checkpoint_ns=namespace,
             checkpoint_id=checkpoint_id,
-            run_id=_run_id(config),
-            writes=writes,
+            run_id=check("run_id", _run_id(config), may_be_empty=True),
+            writes=pairs,
             task_id=check("task_id", task_id),
             task_path=check("task_path", task_path, may_be_empty=True),
         )
-        if writes:
+        if pairs:
             await hot.put_writes(self._shared, backend, self.serde, new)
 
     # --- get -------------------------------------------------------------
@@ -427,8 +438,11 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             limit: Most checkpoints to return.
             values: Whether to read channel values and pending writes, too. Without
                 them a list of large states is much faster.
+
+        Raises:
+            InvalidInputError: An argument cannot be listed by.
         """
-        listing = self._listing(config, filter, before, has_values=values)
+        listing = self._listing(config, filter, before, limit, has_values=values)
         cursor, left = None, limit
         while left is None or left > 0:
             page = history.page(
@@ -451,7 +465,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         values: bool = True,
     ) -> AsyncIterator[CheckpointTuple]:
         """Like `list`."""
-        listing = self._listing(config, filter, before, has_values=values)
+        listing = self._listing(config, filter, before, limit, has_values=values)
         cursor, left = None, limit
         while left is None or left > 0:
             backend = await self._life.asyncio()
@@ -577,9 +591,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         if strategy not in strategies:
             msg = f"strategy must be one of {sorted(strategies)}; nothing was pruned"
             raise InvalidInputError(msg)
-        if isinstance(thread_ids, str):
-            raise InvalidInputError("thread_ids must be a sequence of thread ids, not one string")
-        for stored in [self._view.stored(thread_id) for thread_id in thread_ids]:
+        ids = check_ids("thread_ids", thread_ids)
+        for stored in [self._view.stored(one, within="thread_ids") for one in ids]:
             await strategies[strategy](self._shared, backend, stored)
 
     # --- the rest --------------------------------------------------------
@@ -596,30 +609,36 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
 
     def _where(self, config: RunnableConfig) -> tuple[str, str, str]:
         """Return stored thread id, namespace and checkpoint id ('' for none) of a config."""
-        if "configurable" not in config:
-            raise InvalidInputError("config has no 'configurable' with a thread_id in it")
-        found = config["configurable"]
-        return (
-            self._view.stored(found.get("thread_id")),
-            check("checkpoint_ns", found.get("checkpoint_ns") or "", may_be_empty=True),
-            check("checkpoint_id", found.get("checkpoint_id") or "", may_be_empty=True),
+        found = check_config(config)
+        if config.get("metadata") is not None:
+            check_mapping("config['metadata']", config["metadata"], has_names=True)
+        named = {name: found.get(name) for name in ("checkpoint_ns", "checkpoint_id")}
+        namespace, checkpoint_id = (
+            check(name, "" if value is None else value, may_be_empty=True)
+            for name, value in named.items()
         )
+        stored = self._view.stored(found.get("thread_id"), within=_CONFIGURABLE)
+        return stored, namespace, checkpoint_id
 
     def _listing(
         self,
         config: RunnableConfig | None,
         filter: Mapping[str, Any] | None,
         before: RunnableConfig | None,
+        limit: int | None,
         *,
         has_values: bool,
     ) -> history.Listing:
-        found = config["configurable"] if config else {}
+        check_limit(limit)
+        if filter is not None:
+            check_mapping("filter", filter, has_names=True)
         stored, namespace, checkpoint_id = self._where(config) if config else (None, None, "")
+        found = config["configurable"] if config else {}
         return history.Listing(
             thread_id=stored,
             checkpoint_ns=namespace if found.get("checkpoint_ns") is not None else None,
             checkpoint_id=checkpoint_id or None,
-            before_id=before["configurable"].get("checkpoint_id") if before else None,
+            before_id=check_before(before),
             filter=filter or {},
             prefix=self._view.prefix,
             is_scoped=self._view.is_scoped,
@@ -632,6 +651,10 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             if config:
                 config["configurable"]["thread_id"] = self._view.shown(stored)
         return found
+
+
+# Where the ids of a config are.
+_CONFIGURABLE = "config['configurable']"
 
 
 def _run_id(config: RunnableConfig) -> str:

@@ -44,7 +44,7 @@ class SemanticStore(Managed, BaseStore):
         serde: Serializer of what JSON cannot hold.
 
     Raises:
-        ConfigurationError: The index cannot work.
+        ConfigurationError: The index or the TTL cannot work.
     """
 
     supports_ttl = True
@@ -63,6 +63,8 @@ class SemanticStore(Managed, BaseStore):
             if config is not None and not isinstance(config, dict):
                 msg = f"{name} must be a dict, as LangGraph's stores take it"
                 raise ConfigurationError(msg)
+        if ttl is not None and not items.is_ttl(ttl.get("default_ttl")):
+            raise ConfigurationError(f"default_{items.TTL_RULE}")
         self.ttl_config = ttl
         self.index_config = index
         self._connections = connections

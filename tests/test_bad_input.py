@@ -91,6 +91,50 @@ ABSENT = {"configurable": {"checkpoint_ns": ""}}
         (lambda s: s.copy_thread("never", "t"), "no thread 'never'"),
         (lambda s: s.scoped(""), "tenant must not be empty"),
         (lambda s: s.get_tuple(at("vat-tenant:1:x:t")), "scoped"),
+        (lambda s: s.get_tuple(None), "config must be a mapping, not NoneType"),
+        (lambda s: s.get_tuple("t"), "config must be a mapping, not str"),
+        (lambda s: s.get_tuple({"configurable": None}), "configurable.* must be a mapping"),
+        (lambda s: s.put(None, empty_checkpoint(), {}, {}), "config must be a mapping"),
+        (lambda s: s.put_writes(None, [], "task"), "config must be a mapping"),
+        (lambda s: s.put(at("t") | {"metadata": 3}, empty_checkpoint(), {}, {}), "'metadata'"),
+        (lambda s: s.get_tuple({"configurable": {"thread_id": "t", 1: 2}}), "keys of config"),
+        (lambda s: s.get_tuple(inside(0)), "checkpoint_id must be a string, not int"),
+        (lambda s: s.put(at("t"), {}, {}, {}), "checkpoint_id is missing from the checkpoint"),
+        (lambda s: s.put(at("t"), None, {}, {}), "checkpoint must be a mapping"),
+        (lambda s: s.put(at("t"), without("channel_versions"), {}, {}), "no 'channel_versions'"),
+        (lambda s: s.put(at("t"), without("channel_values"), {}, {}), "no 'channel_values'"),
+        (lambda s: s.put(at("t"), {**empty_checkpoint(), "channel_values": []}, {}, {}), "mapping"),
+        (lambda s: s.put(at("t"), empty_checkpoint(), {}, None), "new_versions must be a mapping"),
+        (lambda s: s.put(at("t"), empty_checkpoint(), None, {}), "metadata must be a mapping"),
+        (lambda s: s.put(at("t"), empty_checkpoint(), {"a": endless()}, {}), "the metadata cannot"),
+        (lambda s: s.put(at("t"), empty_checkpoint(), {"a": object()}, {}), "the metadata cannot"),
+        (lambda s: s.put(at("t"), empty_checkpoint(), {"a": deep(260)}, {}), "the metadata is nes"),
+        (lambda s: s.put(at("t"), {**empty_checkpoint(), "x": endless()}, {}, {}), "a field of"),
+        (lambda s: s.put_writes(inside("c"), [("a", 1, 2)], "task"), "pair"),
+        (lambda s: s.put_writes(inside("c"), [("a", 1), "ab"], "task"), "pair"),
+        (lambda s: s.put_writes(inside("c"), None, "task"), "writes must be pairs"),
+        (lambda s: s.put_writes(inside("c"), [(None, 1)], "task"), "missing from a pair of writes"),
+        (lambda s: s.put_writes(inside("c"), [("a", 1)], None), "task_id is missing from the arg"),
+        (lambda s: s.put_writes(inside("c"), [("a", 1)], "t", None), "task_path is missing from t"),
+        (lambda s: s.put_writes(of_run("r\0"), [("a", 1)], "task"), "run_id has a NUL"),
+        (lambda s: s.delete_thread(None), "thread_id is missing from the arguments"),
+        (lambda s: s.copy_thread(None, "t"), "thread_id is missing from the arguments"),
+        (lambda s: s.scoped("a").delete_thread(None), "thread_id is missing from the arguments"),
+        (lambda s: s.scoped(None), "tenant is missing from the arguments"),
+        (lambda s: s.prune(None), "thread_ids must be a sequence"),
+        (lambda s: s.prune([None]), "thread_id is missing from thread_ids"),
+        (lambda s: s.delete_for_runs(None), "run_ids must be a sequence"),
+        (lambda s: s.delete_for_runs([None]), "run_id is missing from run_ids"),
+        (lambda s: list(s.list(None, before=inside(7))), "checkpoint_id must be a string"),
+        (lambda s: list(s.list(None, before=inside("a\0"))), "checkpoint_id has a NUL"),
+        (lambda s: list(s.list(None, before="c")), "config must be a mapping"),
+        (lambda s: list(s.list({"thread_id": "t"})), "configurable"),
+        (lambda s: list(s.list(None, limit="3")), "limit"),
+        (lambda s: list(s.list(None, limit=1.5)), "limit"),
+        (lambda s: list(s.list(None, limit=True)), "limit"),
+        (lambda s: list(s.list(None, limit=-1)), "limit"),
+        (lambda s: list(s.list(None, filter="x")), "filter must be a mapping"),
+        (lambda s: list(s.list(None, filter={1: 2})), "keys of filter"),
     ],
 )
 def test_the_error_names_the_cause(saver: HybridSaver, call: Any, named: str) -> None:
@@ -99,8 +143,66 @@ def test_the_error_names_the_cause(saver: HybridSaver, call: Any, named: str) ->
     assert list(saver.list(None)) == []
 
 
-def inside(checkpoint_id: str) -> Any:
+def inside(checkpoint_id: Any) -> Any:
     return {"configurable": {"thread_id": "t", "checkpoint_ns": "", "checkpoint_id": checkpoint_id}}
+
+
+def of_run(run_id: str) -> Any:
+    return {**inside("c"), "metadata": {"run_id": run_id}}
+
+
+def without(part: str) -> Any:
+    return {key: value for key, value in empty_checkpoint().items() if key != part}
+
+
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def deep(levels: int) -> Any:
+    return [deep(levels - 1)] if levels else 1
+
+
+async def test_the_asyncio_face_refuses_the_same(saver: HybridSaver) -> None:
+    calls: list[Any] = [
+        saver.aput(at("t"), without("id"), {}, {}),
+        saver.aput_writes(inside("c"), ["ab"], "task"),
+        saver.aget_tuple(None),
+        saver.adelete_thread(None),
+        anext(saver.alist(None, limit=-1)),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInputError):
+            await call
+    await saver.aclose()
+
+
+def test_odd_but_sensible_input_is_taken_as_langgraph_takes_it(saver: HybridSaver) -> None:
+    odd = {**empty_checkpoint(), "a\0": 1}
+    config = saver.put(at("t"), odd, {1: "one", "step": 1}, {})  # type: ignore[dict-item]
+    saver.put_writes(config, (pair for pair in [("a", 1)]), "task")
+    saver.flush()
+    (found,) = saver.list({}, before={}, filter={}, limit=10**30)
+    assert found.metadata == {1: "one", "step": 1}
+    assert found.checkpoint == odd
+    assert found.pending_writes == [("task", "a", 1)]
+    assert list(saver.list(None, before={"configurable": {}}, limit=1)) == [found]
+    assert list(saver.list(None, limit=0)) == []
+
+
+@pytest.mark.parametrize("redis_is_there", [True, False])
+def test_a_refused_checkpoint_leaves_the_thread_as_it_was(
+    postgres_url: str, redis_url: str, redis_is_there: bool
+) -> None:
+    url = redis_url if redis_is_there else None
+    with HybridSaver.from_conn_string(postgres_url, redis=url) as saver:
+        config = saver.put(at("t"), empty_checkpoint(), {"step": 0}, {})
+        for metadata in ({"a": endless()}, {"a": deep(260)}):
+            with pytest.raises(InvalidInputError):
+                saver.put(config, empty_checkpoint(), metadata, {})
+        assert [one.config for one in saver.list(None)] == [config]
 
 
 def test_tenants_do_not_see_each_other(saver: HybridSaver) -> None:
@@ -145,6 +247,9 @@ def test_servers_that_are_not_there_are_named(postgres_url: str, redis_url: str)
         ("postgresql://h/db", "redis://u:SECRETPW@h:99999"),
         ("postgresql://h/db", "redis://u:SECRETPW@[bad"),
         ("postgresql://h/db", "redis://u:SECRETPW@h?bogus=1"),
+        ("postgresql://h/db", "redis://:12?SECRET=PW@h"),
+        ("postgresql://h/db", "redis://:12/SECRETPW@h"),
+        ("postgresql://h/db", "redis://u/SECRETPW@h"),
     ],
 )
 def test_no_part_of_a_password_shows_in_a_traceback(postgres: Any, url: Any) -> None:
@@ -168,6 +273,23 @@ def test_a_password_that_ends_a_url_too_early_does_not_show(url: str) -> None:
     with pytest.raises(UnavailableError, match="%2F") as caught:
         saver.setup()
     assert "SECRET" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    saver.close()
+
+
+async def test_a_password_that_ends_a_url_too_early_does_not_show_in_a_loop() -> None:
+    saver = HybridSaver.from_conn_string("postgresql://user:hun@SECRET@127.0.0.1:1/db")
+    with pytest.raises(UnavailableError, match="%2F") as caught:
+        await saver.asetup()
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    await saver.aclose()
+
+
+def test_why_a_server_refused_is_the_cause() -> None:
+    saver = HybridSaver.from_conn_string("postgresql://user@127.0.0.1:1/db", timeout_s=2.0)
+    with pytest.raises(UnavailableError, match="no connection") as caught:
+        saver.setup()
+    assert isinstance(caught.value.__cause__, psycopg.OperationalError)
     saver.close()
 
 
@@ -177,10 +299,24 @@ def test_a_password_that_ends_a_url_too_early_does_not_show(url: str) -> None:
         ({"bogus": 1}, "no setting is called.*bogus.*flush_every"),
         ({"index": 5}, "index must be a dict"),
         ({"ttl": 5}, "ttl must be a dict"),
+        ({"ttl": {"default_ttl": "5"}}, "default_ttl must be a number of minutes"),
+        ({"index": {"dims": 3}}, "index needs embed"),
+        ({"index": {"dims": 3, "embed": 5}}, "index needs embed"),
+        ({"index": {"dims": 3, "embed": "nobody:nothing"}}, "cannot be loaded"),
+        ({"index": {"dims": True, "embed": len}}, "index needs dims"),
+        ({"index": {"dims": 3, "embed": len, "fields": "text"}}, r"fields must be a list.*\['text"),
+        ({"index": {"dims": 3, "embed": len, "fields": [1]}}, "fields must be a list"),
+        ({"index": {"dims": 3, "embed": len, "ann_index_config": {"m": "x"}}}, "m of ann_index"),
+        ({"index": {"dims": 3, "embed": len, "ann_index_config": 5}}, "ann_index_config must be"),
         ({"head_ttl_s": 10**17}, "head_ttl_s"),
         ({"timeout_s": 1e10}, "timeout_s"),
         ({"epoch_ttl_s": float("nan")}, "epoch_ttl_s"),
-        ({"redis": "redis+cluster://h/3"}, "cannot be used"),
+        ({"redis": "redis+cluster://h/3"}, "option 'db' of the Redis URL .* cannot be used"),
+        ({"redis": "redis://h?bogus=1"}, "option 'bogus' of the Redis URL"),
+        ({"redis": "redis://h?bogus=1&worse=2"}, "an option of the Redis URL"),
+        ({"redis": "redis://h/abc"}, "number of a database"),
+        ({"redis": "redis://h/-1"}, "number of a database"),
+        ({"redis": "redis+sentinel://h/mine/abc"}, "number of a database"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(wrong: Any, named: str) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import subprocess
 import traceback
 
 import pytest
@@ -166,15 +167,32 @@ def test_a_missing_or_empty_source_is_refused(monkeypatch, tmp_path, key_file):
         Keyring([])
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o606, 0o602, 0o644, 0o777])
-def test_a_file_open_to_every_user_is_refused(key_file, mode):
+@pytest.mark.parametrize("mode", [0o604, 0o606, 0o602, 0o644, 0o777, 0o640, 0o660, 0o620])
+def test_a_file_open_to_the_group_or_others_is_refused_with_the_remedy(key_file, mode):
     key_file.write_text(GOOD)
     key_file.chmod(mode)
-    with pytest.raises(ConfigurationError, match="chmod"):
+    with pytest.raises(ConfigurationError, match="chmod 600") as caught:
         Keyring.from_file(key_file)
+    subprocess.run(str(caught.value).partition("Run: ")[2], shell=True, check=True)
+    assert Keyring.from_file(key_file).key_ids == ("k1",)
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640])
+@pytest.mark.parametrize(
+    ("mode", "is_read"), [(0o440, True), (0o640, True), (0o460, False), (0o644, False)]
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to root")
+def test_a_secret_of_roots_may_be_read_by_its_group(key_file, monkeypatch, mode, is_read):
+    key_file.write_text(GOOD)
+    key_file.chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    if is_read:
+        assert Keyring.from_file(key_file).key_ids == ("k1",)
+    else:
+        with pytest.raises(ConfigurationError, match="chmod 640"):
+            Keyring.from_file(key_file)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400])
 def test_a_file_of_the_owner_is_read(key_file, mode):
     key_file.write_text(GOOD)
     key_file.chmod(mode)
@@ -196,6 +214,9 @@ def test_a_saved_keyring_is_the_owners_alone_and_comes_back(tmp_path):
     assert again.export_secret_text() == BOTH.export_secret_text()
     with pytest.raises(ConfigurationError, match="not overwritten"):
         OLD.save(path)
+    for nowhere in (tmp_path / "absent" / "keys", path / "keys"):
+        with pytest.raises(ConfigurationError, match=r"were not saved.*directory that exists"):
+            OLD.save(nowhere)
     assert Keyring.from_file(path).key_ids == BOTH.key_ids
 
 

@@ -68,9 +68,8 @@ def test_a_value_that_cannot_be_serialized_is_named_and_nothing_is_written(saver
         def __repr__(self) -> str:
             return "marker"
 
-    with pytest.raises(InvalidInputError, match="type Secret") as caught:
+    with pytest.raises(InvalidInputError, match=r"channel 'a': .* type Secret"):
         saver.put(at(), checkpoint(Secret()), {}, {"a": "1"})
-    assert caught.value.__notes__ == ["It is a value of channel 'a'."]
     assert saver.get_tuple(at()) is None
     config = saver.put(at(), checkpoint(), {}, {"a": "1"})
     with pytest.raises(InvalidInputError, match="type dict"):

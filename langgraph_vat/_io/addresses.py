@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import psycopg
 import redis
@@ -231,6 +231,7 @@ class RedisAddress:
         self._sentinel: dict[str, Any] = {}
         self._is_cluster = False
         self._options: dict[str, Any] = {}
+        self._may_name = True
         if isinstance(given, str):
             self._read_url(given)
         elif isinstance(given, redis.RedisCluster | redis.asyncio.RedisCluster):
@@ -240,15 +241,30 @@ class RedisAddress:
         else:
             msg = f"redis must be a URL or a client of redis-py, not {type(given).__name__}"
             raise ConfigurationError(msg)
+        problem = self._problem()
+        if problem:
+            # Outside the handler: the driver's message may quote a value.
+            raise ConfigurationError(
+                f"{self._culprit()} of the Redis URL or client cannot be used ({problem});"
+                " nothing was connected. Correct it, or leave it out."
+            )
+
+    def _problem(self) -> str:
+        """Return the type of what a client is refused with; nothing if it can be made."""
         try:
             self.client(redis.asyncio)
-            problem = None
         except (TypeError, ValueError, redis.RedisError, redis.RedisClusterException) as error:
-            problem = type(error).__name__
-        if problem is not None:
-            # Outside the handler: the driver's message may quote a value.
-            msg = f"an option of the Redis URL or client cannot be used ({problem})"
-            raise ConfigurationError(msg)
+            return type(error).__name__
+        return ""
+
+    def _culprit(self) -> str:
+        """Return the option without which a client can be made, if it is one alone."""
+        given = self._options
+        for name in given if self._may_name else ():
+            self._options = {other: value for other, value in given.items() if other != name}
+            if not self._problem():
+                return f"option {name!r}"
+        return "an option"
 
     def client(self, colour: ModuleType) -> Any:
         """
@@ -298,8 +314,9 @@ class RedisAddress:
         if not is_readable:
             # Outside the handler: the driver's message quotes the URL, password included.
             msg = (
-                "the Redis URL cannot be read; write redis://user:password@host:port/0, and"
-                " characters such as / @ : % in a password as %2F %40 %3A %25; for Sentinels"
+                "the Redis URL cannot be read; write redis://user:password@host:port/0, with the"
+                " number of a database or none, and characters such as / @ : % in a password as"
+                " %2F %40 %3A %25; for Sentinels"
                 " redis+sentinel://host:26379,host:26379/service"
             )
             raise ConfigurationError(msg)
@@ -314,6 +331,10 @@ class RedisAddress:
             path = "/".join(["", *database])
             if not self._service:
                 raise ValueError
+        if scheme != "unix" and not (unquote(path).replace("/", "") or "0").isdecimal():
+            raise ValueError  # the driver would take database 0 instead
+        # Behind a ? in a password, its rest is taken for the name of an option.
+        self._may_name = "@" not in unquote(url.query)
         alone = f"{scheme}://{credentials}{at}{first}{path}?{url.query}"
         found = parse_url(alone)  # type: ignore[no-untyped-call]
         self._path = found.get("path")

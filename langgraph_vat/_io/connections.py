@@ -9,8 +9,7 @@ its loop; an async generator that the loop closes when it shuts down
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any, LiteralString
 
@@ -186,9 +185,15 @@ class Connections:
 
     def _open_blocking(self) -> tuple[BlockingBackend, BlockingPool]:
         address, settings = self._postgres, self._settings
-        with self._connecting(), psycopg.connect(**address.parameters()) as connection:
-            (pid,) = connection.execute(SELECT_PID).fetchone() or (0,)
-            address.note_backend(connection.info.backend_pid, pid)
+        failure = None
+        try:
+            with psycopg.connect(**address.parameters()) as connection:
+                (pid,) = connection.execute(SELECT_PID).fetchone() or (0,)
+                address.note_backend(connection.info.backend_pid, pid)
+        except psycopg.OperationalError as error:
+            failure = self._failure(error)
+        if failure is not None:
+            raise failure  # outside the handler: see there
         pool = BlockingPool(address, settings.pool_size, settings.timeout_s)
         hot = None
         if self._redis is not None:
@@ -197,35 +202,39 @@ class Connections:
 
     async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None], AsyncioPool]:
         address, settings = self._postgres, self._settings
-        with self._connecting():
-            async with await psycopg.AsyncConnection.connect(
-                **await address.aparameters()
-            ) as connection:
+        failure = None
+        try:
+            connecting = psycopg.AsyncConnection.connect(**await address.aparameters())
+            async with await connecting as connection:
                 (pid,) = await (await connection.execute(SELECT_PID)).fetchone() or (0,)
                 address.note_backend(connection.info.backend_pid, pid)
+        except psycopg.OperationalError as error:
+            failure = self._failure(error)
+        if failure is not None:
+            raise failure  # outside the handler: see there
         pool = AsyncioPool(address, settings.pool_size, settings.timeout_s)
         hot = AsyncioHot(self._redis.client(redis.asyncio)) if self._redis is not None else None
         lifetime = _until_loop_ends(pool, hot)
         await anext(lifetime)
         return AsyncioBackend(AsyncioDurable(pool), hot), lifetime, pool
 
-    @contextmanager
-    def _connecting(self) -> Iterator[None]:
-        try:
-            yield
-        except psycopg.OperationalError as error:
-            raise self._no_postgres() from error
+    def _failure(self, error: psycopg.Error) -> UnavailableError:
+        """
+        Return what a first connection's error means, to be raised outside its handler.
 
-    def _no_postgres(self) -> UnavailableError:
+        libpq's error is its cause, except where a part of the password may be in it.
+        """
         if not (where := str(self._postgres)):
             return UnavailableError(
                 "no connection to Postgres: its URL was read otherwise than it was meant. Nothing"
                 " was written. Write characters such as / @ : % in a password as %2F %40 %3A %25."
             )
-        return UnavailableError(
+        failure = UnavailableError(
             f"no connection to Postgres at {where}. Nothing was written."
             " Check the address, the credentials and that the server runs."
         )
+        failure.__cause__ = error
+        return failure
 
 
 def closed() -> ConfigurationError:

@@ -1,12 +1,14 @@
 """
 What a caller may name: thread ids, namespaces, checkpoint ids, channels.
 
+And the form of what names them: configs, checkpoints, writes.
+
 Each is checked against every limit of Postgres before anything is written:
 what fails only at flush time would be a step acknowledged and not storable.
 All keys of a row together fit one B-tree page, so each part has its limit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from langgraph_vat._plain import is_text
@@ -28,9 +30,19 @@ _MOST_BYTES = {
 }
 
 
-def check(name: str, value: Any, *, may_be_empty: bool = False) -> str:
+# Where an argument comes from that is not part of something else.
+_ARGUMENTS = "the arguments"
+
+
+def check(name: str, value: Any, *, may_be_empty: bool = False, within: str = _ARGUMENTS) -> str:
     """
     Return `value` if it can be stored under the limits of `name`.
+
+    Args:
+        name: What it is.
+        value: What was given.
+        may_be_empty: Whether "" is one.
+        within: Where it must be, for who left it out.
 
     Raises:
         InvalidInputError: It is missing, empty, not a string, too long, or
@@ -38,9 +50,7 @@ def check(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     """
     most = _MOST_BYTES[name]
     if value is None:
-        raise InvalidInputError(
-            f"{name} is missing from config['configurable']; nothing was written"
-        )
+        raise InvalidInputError(f"{name} is missing from {within}; nothing was written")
     if not isinstance(value, str):
         raise InvalidInputError(
             f"{name} must be a string, not {type(value).__name__}; nothing was written."
@@ -59,18 +69,93 @@ def check(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     return value
 
 
-def check_channels(versions: Mapping[str, Any]) -> None:
+def check_mapping(name: str, value: Any, *, has_names: bool = False) -> Mapping[Any, Any]:
+    """
+    Return `value` if it is a mapping.
+
+    Args:
+        name: What it is.
+        value: What was given.
+        has_names: Whether its keys must be strings.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(
+            f"{name} must be a mapping, not {type(value).__name__}; nothing was written"
+        )
+    if has_names and not all(isinstance(key, str) for key in value):
+        raise InvalidInputError(f"the keys of {name} must be strings; nothing was written")
+    return value
+
+
+def check_config(config: Any) -> Mapping[str, Any]:
+    """Return the 'configurable' of a config."""
+    if "configurable" not in check_mapping("config", config):
+        raise InvalidInputError("config has no 'configurable' with a thread_id in it")
+    return check_mapping("config['configurable']", config["configurable"], has_names=True)
+
+
+def check_before(before: Any) -> str | None:
+    """Return the checkpoint id of the config that a list ends before; None if it names none."""
+    if not before:
+        return None
+    found = check_config(before).get("checkpoint_id")
+    return None if found is None or found == "" else check("checkpoint_id", found)
+
+
+def check_limit(limit: Any) -> None:
+    """Check how many are wanted at most; None for all."""
+    if limit is not None and (type(limit) is not int or limit < 0):
+        raise InvalidInputError(
+            "limit must be a whole number that is not negative, or None for all; nothing was read"
+        )
+
+
+def check_checkpoint(checkpoint: Any) -> None:
+    """Check that a checkpoint has all that makes it one."""
+    check_mapping("checkpoint", checkpoint)
+    check("checkpoint_id", checkpoint.get("id"), within="the checkpoint, as its 'id'")
+    for part in ("channel_versions", "channel_values"):
+        if part not in checkpoint:
+            raise InvalidInputError(f"the checkpoint has no {part!r}; nothing was written")
+        check_mapping(f"{part} of the checkpoint", checkpoint[part])
+    check_channels("channel_versions of the checkpoint", checkpoint["channel_versions"])
+
+
+def check_writes(writes: Any) -> list[tuple[str, Any]]:
+    """Return writes, which may come one by one, if each is a channel and its value."""
+    if not isinstance(writes, Iterable):
+        raise InvalidInputError(
+            f"writes must be pairs of channel and value, not {type(writes).__name__};"
+            " nothing was written"
+        )
+    pairs = list(writes)
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:  # noqa: PLR2004 - a pair
+            raise InvalidInputError(
+                "each of writes must be a pair of channel and value; nothing was written"
+            )
+        check("channel name", pair[0], within="a pair of writes")
+    return pairs
+
+
+def check_channels(name: str, versions: Any) -> None:
     """Check the names and versions of channels."""
-    for channel, version in versions.items():
+    for channel, version in check_mapping(name, versions).items():
         check("channel name", channel)
         check("channel version", str(version))
 
 
-def check_run_ids(run_ids: Iterable[str]) -> list[str]:
+def check_run_ids(run_ids: Any) -> list[str]:
     """Check a sequence of run ids."""
-    if isinstance(run_ids, str):
-        raise InvalidInputError("run_ids must be a sequence of run ids, not one string")
-    return [check("run_id", run_id) for run_id in run_ids]
+    return [check("run_id", one, within="run_ids") for one in check_ids("run_ids", run_ids)]
+
+
+def check_ids(name: str, ids: Any) -> Sequence[Any]:
+    """Return a sequence of ids, which are still to be checked one by one."""
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        what = "one string" if isinstance(ids, str) else type(ids).__name__
+        raise InvalidInputError(f"{name} must be a sequence of ids, not {what}; nothing was done")
+    return list(ids)
 
 
 class View:
@@ -88,9 +173,9 @@ class View:
         if tenant is not None:
             self.prefix += f"{len(check('tenant', tenant))}:{tenant}:"
 
-    def stored(self, thread_id: Any) -> str:
-        """Return the id under which a thread is stored."""
-        checked = check("thread_id", thread_id)
+    def stored(self, thread_id: Any, *, within: str = _ARGUMENTS) -> str:
+        """Return the id under which a thread is stored; `within` is where it must be given."""
+        checked = check("thread_id", thread_id, within=within)
         if self.is_scoped:
             return self.prefix + checked
         if checked.startswith(TENANTS):

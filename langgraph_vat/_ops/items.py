@@ -12,7 +12,7 @@ The store's operations, a batch at a time.
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -36,7 +36,7 @@ from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Session
 from langgraph_vat._ops import search
-from langgraph_vat._ops.search import VectorIndex
+from langgraph_vat._ops.search import VectorIndex, is_paths
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
@@ -45,9 +45,12 @@ from langgraph_vat.errors import InvalidInputError, SealError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import codec_for
 
+_Paged = TypeVar("_Paged", SearchOp, ListNamespacesOp)
 _MOST_BYTES = 2_000
 # The column's type is int; so many minutes are 4,083 years.
 _MOST_TTL = 2**31 - 1
+# More than any table has, and less than Postgres counts to, whatever a search multiplies it by.
+_MOST_ITEMS = 2**48
 # Stands in the readable value for a field that JSON cannot hold: equal to nothing, but there.
 _HIDDEN = {"__vat__": "exact"}
 
@@ -117,21 +120,18 @@ def _checked(op: Op) -> Op:
     """Return an operation whose namespaces are tuples, or refuse it."""
     if isinstance(op, ListNamespacesOp):
         conditions = tuple(
-            MatchCondition(c.match_type, tuple(c.path)) for c in op.match_conditions or ()
+            MatchCondition(c.match_type, _labels(c.path)) for c in op.match_conditions or ()
         )
-        op = op._replace(match_conditions=conditions)
-        _check_page(op.limit, op.offset)
+        op = _paged(op._replace(match_conditions=conditions))
+        _check_depth(op.max_depth)
         for condition in conditions:
             _check_condition(condition)
     elif isinstance(op, SearchOp):
-        op = op._replace(namespace_prefix=tuple(op.namespace_prefix))
-        _check_page(op.limit, op.offset)
-        check_filter(op.filter or {})
+        op = _paged(op._replace(namespace_prefix=_labels(op.namespace_prefix)))
+        _check_search(op)
         _check_length(op.namespace_prefix, "")
     elif isinstance(op, GetOp | PutOp):
-        if isinstance(op.namespace, str):
-            raise InvalidInputError("a namespace must be a tuple of labels, not one string")
-        op = op._replace(namespace=tuple(op.namespace))
+        op = op._replace(namespace=_labels(op.namespace))
         _check_length(op.namespace, op.key)
     else:
         raise InvalidInputError(f"a store has no operation {type(op).__name__}; nothing was done")
@@ -148,15 +148,56 @@ def _check_put(op: PutOp) -> None:
         raise InvalidInputError(
             f"a value must be a mapping, not {type(op.value).__name__}; nothing was written"
         )
-    if op.ttl is not None and not 0 < op.ttl <= _MOST_TTL:
+    if not is_ttl(op.ttl):
+        raise InvalidInputError(f"{TTL_RULE}; nothing was written")
+    if not (op.index is None or op.index is False or is_paths(op.index)):
         raise InvalidInputError(
-            f"ttl must be more than 0 and at most {_MOST_TTL} minutes; nothing was written"
+            "index must be None, False, or a list of paths such as ['text']; nothing was written"
         )
 
 
-def _check_page(limit: int, offset: int) -> None:
-    if limit < 0 or offset < 0:
-        raise InvalidInputError("limit and offset must not be negative; nothing was searched")
+def is_ttl(ttl: Any) -> bool:
+    """Whether something can be kept for so many minutes; None is for ever."""
+    is_number = isinstance(ttl, int | float) and not isinstance(ttl, bool)
+    return ttl is None or (is_number and 0 < ttl <= _MOST_TTL)
+
+
+TTL_RULE = f"ttl must be a number of minutes, more than 0 and at most {_MOST_TTL}"
+
+
+def _paged(op: _Paged) -> _Paged:
+    """Return an operation that skips and takes no more than there can be."""
+    if any(type(number) is not int or number < 0 for number in (op.limit, op.offset)):
+        raise InvalidInputError(
+            "limit and offset must be whole numbers that are not negative; nothing was searched"
+        )
+    return op._replace(limit=min(op.limit, _MOST_ITEMS), offset=min(op.offset, _MOST_ITEMS))
+
+
+def _check_depth(depth: Any) -> None:
+    if depth is not None and (type(depth) is not int or depth < 0):
+        raise InvalidInputError(
+            "max_depth must be a whole number that is not negative, or None; nothing was listed"
+        )
+
+
+def _check_search(op: SearchOp) -> None:
+    if op.query is not None and not isinstance(op.query, str):
+        raise InvalidInputError(
+            f"query must be a string, not {type(op.query).__name__}; nothing was searched"
+        )
+    if op.filter is not None and not isinstance(op.filter, Mapping):
+        raise InvalidInputError(
+            f"filter must be a mapping, not {type(op.filter).__name__}; nothing was searched"
+        )
+    check_filter(op.filter or {})
+
+
+def _labels(namespace: Any) -> tuple[str, ...]:
+    if isinstance(namespace, str | bytes) or not isinstance(namespace, Iterable):
+        what = "one string" if isinstance(namespace, str) else type(namespace).__name__
+        raise InvalidInputError(f"a namespace must be a tuple of labels, not {what}")
+    return tuple(namespace)
 
 
 def _check_condition(condition: MatchCondition) -> None:
@@ -165,9 +206,16 @@ def _check_condition(condition: MatchCondition) -> None:
     _check_length(condition.path, "")
 
 
-def _check_length(namespace: Sequence[str], key: str) -> None:
+def check_key(key: Any) -> None:
+    """Refuse a key that is no string."""
     if not isinstance(key, str):
-        raise InvalidInputError(f"a key must be a string, not {type(key).__name__}")
+        raise InvalidInputError(
+            f"a key must be a string, not {type(key).__name__}; nothing was done. Pass str(...)"
+        )
+
+
+def _check_length(namespace: Sequence[str], key: str) -> None:
+    check_key(key)
     if not is_text(key) or not all(is_text(label) for label in namespace if isinstance(label, str)):
         raise InvalidInputError(
             "a namespace or key has a NUL or a lone surrogate, which Postgres cannot hold; nothing"
@@ -183,12 +231,12 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
     plan = _Plan(ops, {}, {}, {})
+    if items.index is not None:
+        await _embed(items.index, backend, plan)
     if items.keyring is not None:
         kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
         for root in {op.namespace[0] for op in kept}:
             await _add_key(items, backend, root)
-    if items.index is not None:
-        await _embed(items.index, backend, plan)
     return plan
 
 

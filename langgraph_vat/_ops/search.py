@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeAlias, cast
 
+from langchain_core.embeddings import Embeddings
 from langgraph.store.base import IndexConfig, SearchOp
 from langgraph.store.base.embed import ensure_embeddings, get_text_at_path, tokenize_path
 from psycopg import sql as composing
@@ -53,11 +54,13 @@ class VectorIndex:
     def __init__(self, config: IndexConfig) -> None:
         given = cast("Mapping[str, Any]", config)
         ann = given.get("ann_index_config") or {}
+        if not isinstance(ann, Mapping):
+            raise ConfigurationError("ann_index_config must be a dict, as PostgresStore takes it")
         self.dims = given.get("dims")
-        if not isinstance(self.dims, int) or self.dims < 1:
+        if type(self.dims) is not int or self.dims < 1:
             raise ConfigurationError("index needs dims, the length of its vectors")
-        self.embeddings = ensure_embeddings(given.get("embed"))
-        self.fields = [_field(path) for path in given.get("fields") or ["$"]]
+        self.embeddings = _embeddings(given.get("embed"))
+        self.fields = _fields(given.get("fields") or ["$"])
         self.distance = given.get("distance_type", "cosine")
         if self.distance not in _OPERATORS:
             raise ConfigurationError(f"distance_type must be one of {', '.join(_OPERATORS)}")
@@ -72,9 +75,7 @@ class VectorIndex:
         self.type = f"{vector_type}({self.dims})"
         self.operator = _OPERATORS[self.distance]
         self.opclass = f"{vector_type}_{_OPCLASSES[self.distance]}_ops"
-        names = {"m": "m", "ef_construction": "ef_construction", "nlist": "lists"}
-        options = ", ".join(f"{name} = {int(ann[k])}" for k, name in names.items() if k in ann)
-        self.options = f" WITH ({options})" if options else ""
+        self.options = _options(ann)
 
     def texts(self, value: Mapping[str, Any], paths: Sequence[str] | None) -> dict[str, str]:
         """Return the texts of a value to embed, by the name of their field."""
@@ -86,7 +87,7 @@ class VectorIndex:
             found.update(zip(names, texts, strict=True))
         return found
 
-    def literals(self, vectors: Sequence[Sequence[float]], count: int) -> list[str]:
+    def literals(self, vectors: Any, count: int) -> list[str]:
         """
         Return the vectors of `count` texts as pgvector reads them.
 
@@ -94,9 +95,12 @@ class VectorIndex:
             ConfigurationError: The embedder gave another number of vectors or
                 of dimensions, or numbers that the column cannot hold.
         """
-        if len(vectors) != count:
-            raise _bad_vectors(f"{len(vectors)} vectors for {count} texts")
-        return [self._literal([float(number) for number in vector]) for vector in vectors]
+        found = _numbers(vectors)
+        if found is None:
+            raise _bad_vectors("something other than lists of numbers")
+        if len(found) != count:
+            raise _bad_vectors(f"{len(found)} vectors for {count} texts")
+        return [self._literal(vector) for vector in found]
 
     def _literal(self, vector: list[float]) -> str:
         if len(vector) != self.dims:
@@ -115,6 +119,59 @@ class VectorIndex:
 
 def _bad_vectors(what: str) -> ConfigurationError:
     return ConfigurationError(f"the embedder returned {what}; nothing was written")
+
+
+def _numbers(vectors: Any) -> list[list[float]] | None:
+    """Return what an embedder gave as lists of floats, its own kinds of both included."""
+    try:
+        found = [list(vector) for vector in vectors]
+        # What only looks like a number is one of somebody's text.
+        if any(isinstance(number, str | bytes) for vector in found for number in vector):
+            return None
+        return [[float(number) for number in vector] for vector in found]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _options(ann: Mapping[str, Any]) -> str:
+    names = {"m": "m", "ef_construction": "ef_construction", "nlist": "lists"}
+    given = {key: ann[key] for key in names if key in ann}
+    for key, value in given.items():
+        if type(value) is not int:
+            raise ConfigurationError(f"{key} of ann_index_config must be a whole number")
+    options = ", ".join(f"{names[key]} = {value}" for key, value in given.items())
+    return f" WITH ({options})" if options else ""
+
+
+def _fields(paths: Any) -> list[tuple[str, Any]]:
+    if not is_paths(paths):
+        raise ConfigurationError("fields must be a list of paths, such as ['text']")
+    return [_field(path) for path in paths]
+
+
+def _embeddings(embed: Any) -> Embeddings:
+    """
+    Return what embeds.
+
+    Raises:
+        ConfigurationError: It is missing, is no such thing, or a provider that is not installed.
+    """
+    if not (isinstance(embed, str | Embeddings) or callable(embed)):
+        raise ConfigurationError(
+            "index needs embed: a function of a list of texts, LangChain Embeddings, or the name"
+            " of a provider and its model"
+        )
+    try:
+        return ensure_embeddings(embed)
+    except (ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"the embedder that index names cannot be loaded: {error}"
+        ) from error
+
+
+def is_paths(paths: Any) -> bool:
+    """Whether something is a list of paths. A string is not: its letters would be the paths."""
+    return isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths)
 
 
 def _field(path: str) -> tuple[str, Any]:

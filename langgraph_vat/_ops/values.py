@@ -9,7 +9,7 @@ exactly what was put in. The rest is kept exact beside it.
 
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -58,20 +58,55 @@ def encode_core(
         key: value
         for key, value in metadata.items()
         if (not is_sealed or key in READABLE_METADATA or key in shown_keys)
-        and is_plain(key)
-        and is_plain(value)
+        and _is_plain(key, value)
     }
     hidden = {
         key: value
         for key, value in checkpoint.items()
         if key != "channel_values"
-        and (not is_plain(value) or (is_sealed and key not in _CHECKPOINT_KEYS))
+        and (not _is_plain(key, value) or (is_sealed and key not in _CHECKPOINT_KEYS))
     }
     rest = {k: v for k, v in checkpoint.items() if k != "channel_values" and k not in hidden}
     exact_type, exact = "", b""
     if is_sealed or hidden or len(shown) < len(metadata):
-        exact_type, exact = codec.dump([dict(metadata), hidden], "metadata", *place)
-    return Core(orjson.dumps(rest), orjson.dumps(shown), exact_type, exact)
+        exact_type, exact = _dump_exact(codec, dict(metadata), hidden, place)
+    checkpoint_json = _to_json("a field of the checkpoint beside its channels", rest)
+    return Core(checkpoint_json, _to_json("the metadata", shown), exact_type, exact)
+
+
+def _is_plain(key: Any, value: Any) -> bool:
+    """Whether JSON gives a field back equal; of what contains itself, it cannot."""
+    try:
+        return isinstance(key, str) and is_plain(key) and is_plain(value)
+    except RecursionError:
+        return False
+
+
+def _to_json(what: str, value: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise InvalidInputError(
+            f"{what} is nested too deeply; nothing was written. Put less into it."
+        ) from error
+
+
+def _dump_exact(
+    codec: Codec, metadata: Mapping[str, Any], hidden: Mapping[str, Any], place: Sequence[str]
+) -> tuple[str, bytes]:
+    """Dump both at once; say which of the two was refused."""
+    try:
+        return codec.dump([metadata, hidden], "metadata", *place)
+    except InvalidInputError as error:
+        cause = error.__cause__
+    what = "the metadata"
+    with suppress(InvalidInputError):
+        codec.dump(metadata, "metadata", *place)
+        what = "a field of the checkpoint beside its channels"
+    raise InvalidInputError(
+        f"{what} cannot be serialized ({type(cause).__name__}); nothing was written. Put only data"
+        " into it, or pass a serde= that can."
+    ) from cause
 
 
 def encode_put(
@@ -163,8 +198,7 @@ def _naming(channel: str) -> Iterator[None]:
     try:
         yield
     except InvalidInputError as error:
-        error.add_note(f"It is a value of channel {channel!r}.")
-        raise
+        raise InvalidInputError(f"channel {channel!r}: {error}") from error.__cause__
 
 
 class Unpacker:

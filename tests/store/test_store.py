@@ -5,6 +5,7 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from fractions import Fraction
 
 import psycopg
 import pytest
@@ -217,18 +218,93 @@ def test_a_failing_embedder_leaves_nothing_half_written(postgres_url):
         assert store.get(("a",), "k") is None
 
 
-@pytest.mark.parametrize("bad", [[], [[1.0]], [[math.nan] * DIMS], [[1e39] * DIMS]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        [[1.0]],
+        [[math.nan] * DIMS],
+        [[1e39] * DIMS],
+        [[10**400] * DIMS],
+        [[0.0] * DIMS] * 2,
+        ["1" * DIMS],
+        [["1.0"] * DIMS],
+        ["marker"],
+        "marker",
+        [None],
+        None,
+        7,
+    ],
+)
 def test_an_embedder_that_returns_nonsense_is_named(postgres_url, bad):
     index = {"dims": DIMS, "embed": lambda _: bad, "fields": ["text"]}
     with SemanticStore.from_conn_string(postgres_url, index=index) as store:
-        with pytest.raises(ConfigurationError, match="the embedder returned"):
+        with pytest.raises(ConfigurationError, match="the embedder returned") as caught:
             store.put(("a",), "k", {"text": "x"})
+        assert "marker" not in f"{caught.value} {caught.value.__context__}"
         assert store.get(("a",), "k") is None
+
+
+def test_numbers_of_the_embedders_own_kind_are_taken(postgres_url):
+    index = {"dims": 2, "embed": lambda _: iter([(Fraction(1, 2), 1)]), "fields": ["text"]}
+    with SemanticStore.from_conn_string(postgres_url, index=index) as store:
+        store.put(("a",), "k", {"text": "x"})
+        with psycopg.connect(postgres_url) as connection:
+            (row,) = connection.execute("SELECT embedding::text FROM store_vectors").fetchall()
+        assert row == ("[0.5,1]",)
+
+
+def test_what_the_embedder_refuses_leaves_no_key_behind(postgres_url):
+    index = {"dims": DIMS, "embed": lambda _: [], "fields": ["text"]}
+    keyring = Keyring.generate()
+    with SemanticStore.from_conn_string(postgres_url, index=index, keyring=keyring) as store:
+        with pytest.raises(ConfigurationError):
+            store.put(("a",), "k", {"text": "x"})
+        with psycopg.connect(postgres_url) as connection:
+            assert connection.execute("SELECT count(*) FROM vat_store_keys").fetchone() == (0,)
 
 
 def test_a_namespace_is_no_string(store):
     with pytest.raises(InvalidInputError, match="tuple"):
         store.put("abc", "k", {"text": "x"})
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda s: s.put(("a",), "k", {}, ttl="5"), "ttl must be a number of minutes"),
+        (lambda s: s.put(("a",), "k", {}, ttl=True), "ttl must be a number of minutes"),
+        (lambda s: s.put(("a",), "k", {}, index="text"), r"index must be .*\['text'\]"),
+        (lambda s: s.put(("a",), "k", {}, index=True), "index must be"),
+        (lambda s: s.put(("a",), "k", {}, index=[1]), "index must be"),
+        (lambda s: s.batch([PutOp(("a",), 1, {})]), "a key must be a string"),
+        (lambda s: s.batch([PutOp(None, "k", {})]), "a namespace must be a tuple"),
+        (lambda s: s.search("abc"), "a namespace must be a tuple"),
+        (lambda s: s.list_namespaces(prefix="abc"), "a namespace must be a tuple"),
+        (lambda s: s.search(("a",), limit=-1), "limit and offset"),
+        (lambda s: s.search(("a",), limit="3"), "limit and offset"),
+        (lambda s: s.search(("a",), limit=None), "limit and offset"),
+        (lambda s: s.search(("a",), offset=1.5), "limit and offset"),
+        (lambda s: s.search(("a",), filter="x"), "filter must be a mapping"),
+        (lambda s: s.search(("a",), query=5), "query must be a string"),
+        (lambda s: s.list_namespaces(limit=-1), "limit and offset"),
+        (lambda s: s.list_namespaces(max_depth=-1), "max_depth"),
+        (lambda s: s.list_namespaces(max_depth="1"), "max_depth"),
+    ],
+)
+def test_the_error_names_the_cause(store, call, named):
+    with pytest.raises(InvalidInputError, match=named):
+        call(store)
+    assert store.search(()) == []
+
+
+def test_a_page_may_be_larger_than_anything(store):
+    store.put(("a",), "k", {"text": "abc", "n": 1})
+    for options in ({}, {"query": "abc"}, {"filter": {"n": 1}}):
+        (found,) = store.search(("a",), limit=10**30, **options)
+        assert found.key == "k"
+        assert store.search(("a",), offset=10**30, limit=10**30, **options) == []
+    assert store.list_namespaces(limit=10**30) == [("a",)]
 
 
 def test_an_item_that_is_not_sealed_is_named(postgres_url):
