@@ -287,6 +287,7 @@ def test_a_damaged_base_keeps_no_other_thread_from_being_flushed(make, postgres_
         patched.setattr(flush, "_trim", lose)
         saver.flush()
     with psycopg.connect(postgres_url) as connection:
+        connection.execute("SET langgraph_vat.writer = 'hot'")
         connection.execute("UPDATE checkpoint_blobs SET blob = NULL WHERE vat_bases IS NULL")
     config = saver.put(at("u"), empty_checkpoint(), {"step": 1}, {})
     saver.flush()

@@ -37,7 +37,10 @@ def forge(url: str, statement: str) -> None:
 
 
 def read(url: str, **options: Any) -> Any:
-    with HybridSaver.from_conn_string(url, **options) as saver:
+    saver = HybridSaver.from_conn_string(url, **options)
+    if options.get("redis"):
+        saver.enable_hot()
+    with saver:
         return saver.get_tuple(config())
 
 
