@@ -37,9 +37,10 @@ CHANGES = {
     ),
     "changed: ": (
         "worker_paused",
-        "_ops/flush.py",
-        "into[key] = (blob.type, blob.data)",
-        "into[key] = (blob.type, b'\\x07' if blob.channel == 'size' else blob.data)",
+        "_ops/compact.py",
+        "                found[key] = codecs[thread_id].open(blob.type, blob.data,",
+        "                data = b'\\x07' if blob.channel == 'size' else blob.data\n"
+        "                found[key] = codecs[thread_id].open(blob.type, data,",
     ),
 }
 
