@@ -182,7 +182,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         await setup_checkpoints(backend)
         await enable_hot(self._shared, backend)
 
-    def ddl(self) -> str:
+    def ddl(self, *, concurrently: bool = False) -> str:
         """
         Return the SQL that `setup` runs, for whoever may change the schema.
 
@@ -190,8 +190,12 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         an older one; it may be run again. Then `setup` finds nothing to do: the role
         that runs the graphs needs USAGE on the schema, and SELECT, INSERT, UPDATE and
         DELETE on its tables.
+
+        Args:
+            concurrently: Whether to make the indexes of a large table at the end, and
+                while others write. One that fails has to be dropped, and made again.
         """
-        return ddl(self._life.connections.schema)
+        return ddl(self._life.connections.schema, concurrently=concurrently)
 
     def check(self) -> Sequence[str]:
         """

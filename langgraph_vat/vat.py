@@ -179,9 +179,11 @@ class Vat(Managed):
         await self.checkpointer.asetup()
         await self.store.asetup(create_extension=create_extension)
 
-    def ddl(self, *, create_extension: bool = True) -> str:
+    def ddl(self, *, create_extension: bool = True, concurrently: bool = False) -> str:
         """Return the SQL of both, which runs them one after another; see `HybridSaver.ddl`."""
-        return self.checkpointer.ddl() + self.store.ddl(create_extension=create_extension)
+        return self.store.ddl(create_extension=create_extension) + self.checkpointer.ddl(
+            concurrently=concurrently
+        )
 
     def check(self) -> Sequence[str]:
         """Return what the tables of both, or the role, lack; see `HybridSaver.check`."""

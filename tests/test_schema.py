@@ -314,6 +314,25 @@ def test_the_script_is_one_transaction_of_its_own(postgres_url, limited_url):
         one.close()
 
 
+@pytest.mark.parametrize("schema", [None, "agents"])
+def test_indexes_are_made_while_others_write_on_request(postgres_url, schema):
+    saver = HybridSaver.from_conn_string(postgres_url, schema=schema)
+    psql(postgres_url, saver.ddl(concurrently=True), "-v", "ON_ERROR_STOP=1")
+    assert saver.check() == []
+    with psycopg.connect(postgres_url) as connection:
+        indexes = """
+            SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = %s ORDER BY 1
+        """
+        found = connection.execute(indexes, [schema or "public"]).fetchall()
+    with HybridSaver.from_conn_string(postgres_url, schema="same"):
+        pass
+    with psycopg.connect(postgres_url) as connection:
+        same = connection.execute(indexes, ["same"]).fetchall()
+    assert [(n, d.replace(f"{schema or 'public'}.", "same.")) for n, d in found] == same
+    assert "vat_checkpoints_newest" in dict(found)
+    saver.close()
+
+
 RULES = {
     "constraint": "ALTER TABLE checkpoints ADD CONSTRAINT nope CHECK (thread_id <> 'bad')",
     "trigger": """

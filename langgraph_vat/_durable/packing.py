@@ -21,11 +21,13 @@ items log2(p)/2 times on average instead of p/2 times.
 import hashlib
 import struct
 from collections.abc import Sequence
+from typing import TypeVar
 
 import zstandard
 
 from langgraph_vat.errors import SealError
 
+T = TypeVar("T")
 ZSTD = "+vat.zstd"
 PATCH = "+vat.patch"
 
@@ -45,7 +47,7 @@ _KNOWN_TIMES = 64
 _MOST = 2**30
 
 
-def line_position(step: int, line: Sequence[str]) -> tuple[int, list[str]]:
+def line_position(step: int, line: Sequence[T]) -> tuple[int, list[T]]:
     """
     Return where the next value of a line stands, and what it builds on.
 

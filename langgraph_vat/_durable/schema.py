@@ -204,6 +204,17 @@ def _guarded(table: LiteralString) -> tuple[LiteralString, ...]:
     )
 
 
+# The newest of all threads, and those whose metadata has something. On a large table
+# somebody may rather have them made while others write.
+INDEXES: tuple[LiteralString, ...] = (
+    """
+CREATE INDEX IF NOT EXISTS vat_checkpoints_newest
+ON checkpoints (checkpoint_id, thread_id, checkpoint_ns)""",
+    """
+CREATE INDEX IF NOT EXISTS vat_checkpoints_metadata
+ON checkpoints USING gin (metadata jsonb_path_ops)""",
+)
+
 # What is told of a thread, kept by the flush that writes it; a tenant is read out of
 # the stored thread id.
 _THREADS: tuple[LiteralString, ...] = (
@@ -229,13 +240,7 @@ USING gin (metadata jsonb_path_ops) WHERE metadata <> '{}'""",
     "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS swept_at TIMESTAMPTZ",
     # Two processes with other prefixes would not see each other's steps.
     "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS hot_prefix TEXT",
-    # The newest of all threads, and those whose metadata has something.
-    """
-CREATE INDEX IF NOT EXISTS vat_checkpoints_newest
-ON checkpoints (checkpoint_id, thread_id, checkpoint_ns)""",
-    """
-CREATE INDEX IF NOT EXISTS vat_checkpoints_metadata
-ON checkpoints USING gin (metadata jsonb_path_ops)""",
+    *INDEXES,
     checkpoints.RECOUNT_THREADS,
 )
 

@@ -96,10 +96,15 @@ async def damages(postgres: Durable | Session, tables: Mapping[str, str]) -> lis
     return found
 
 
-def ddl(schema: str | None) -> str:
+def ddl(schema: str | None, *, concurrently: bool) -> str:
     """Return what `setup_checkpoints` would run on a new or an older database, as a script."""
     statements = [statement for migration in sql.MIGRATIONS for statement in migration]
-    return script(schema, [composing.SQL(statement) for statement in statements])
+    if not concurrently:
+        return script(schema, [composing.SQL(statement) for statement in statements])
+    first = [composing.SQL(one) for one in statements if one not in sql.INDEXES]
+    path = "" if schema is None else f'SET search_path TO "{schema}", public, extensions;\n'
+    indexes = (one.strip().replace("INDEX", "INDEX CONCURRENTLY", 1) for one in sql.INDEXES)
+    return script(schema, first) + path + "".join(f"{one};\n" for one in indexes)
 
 
 def script(schema: str | None, statements: Sequence[composing.Composable]) -> str:
