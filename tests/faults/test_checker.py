@@ -39,8 +39,10 @@ CHANGES = {
         "worker_paused",
         "_ops/compact.py",
         "                found[key] = codecs[thread_id].open(blob.type, blob.data,",
-        "                data = b'\\x07' if blob.channel == 'size' else blob.data\n"
-        "                found[key] = codecs[thread_id].open(blob.type, data,",
+        (
+            "                data = b'\\x07' if blob.channel == 'size' else blob.data\n"
+            "                found[key] = codecs[thread_id].open(blob.type, data,"
+        ),
     ),
 }
 
