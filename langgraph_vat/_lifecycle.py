@@ -10,6 +10,7 @@ import atexit
 import logging
 from contextlib import suppress
 
+from langgraph_vat._durable.schema import TABLES
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.background import Background
 from langgraph_vat._io.connections import Connections, closed
@@ -27,8 +28,8 @@ from langgraph_vat.settings import Retention, Settings
 logger = logging.getLogger("langgraph_vat")
 
 _TICK_S = 60.0
-# The table without which there is no saver.
-NEEDS = "vat_schema"
+# The tables without which there is no saver.
+NEEDS = frozenset(TABLES)
 
 
 class Lifecycle:

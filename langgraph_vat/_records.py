@@ -87,7 +87,7 @@ class ThreadInfo(NamedTuple):
     head_id: str
     """Id of the newest checkpoint of the root namespace; empty if it has none."""
     metadata: dict[str, Any]
-    """Of that checkpoint, what `Settings.thread_metadata` names."""
+    """The newest value of each key that `Settings.thread_metadata` names."""
     retention: Retention | None
     """Its own policy, if it has one."""
 

@@ -9,8 +9,8 @@ With `copy_checkpoints` it is the way out of any saver, and into any other::
 The first line says ``archive`` (the version of this format, 1), the file's
 ``id`` and, if it is sealed, its data key as the keyring wrapped it. Each other
 line is one of these; ``type`` and ``data`` (base64) are what the serializer
-returned, compressed or as a patch (see the page of compact storage), then
-sealed:
+returned, compressed or as a patch (as ``langgraph_vat._durable.packing`` has
+it), then sealed:
 
 =========  ==================================================================
 ``value``  thread, namespace, channel, version; with ``step`` and ``bases``,
@@ -34,6 +34,7 @@ import os
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, cast
@@ -52,14 +53,15 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable.packing import is_patch, line_position, pack, unpack
-from langgraph_vat._ops.values import address
+from langgraph_vat._ops.values import address, next_version
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import ConfigurationError, InvalidInputError, SealError
+from langgraph_vat.errors import ConfigurationError, InvalidInputError, SealError, UnavailableError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import codec_for, sealing
 
 _FORMAT = 1
+_BEGIN = b'{"archive":'
 
 _Value = tuple[str, str, str, str]
 """Thread, namespace, channel, version."""
@@ -143,10 +145,11 @@ class Archive(BaseCheckpointSaver[str]):
 
     def _read(self, path: str, keyring: Keyring | None, *, read_only: bool) -> int:
         """Index the lines that are there; return where the next begins."""
-        end = 0
+        end, torn = 0, b""
         with os.fdopen(os.dup(self._file), "rb") as lines:
             for raw in lines:
                 if not raw.endswith(b"\n"):
+                    torn = raw
                     break
                 line = _parsed(raw, path)
                 if not end:
@@ -154,15 +157,29 @@ class Archive(BaseCheckpointSaver[str]):
                 else:
                     self._index(_Place(end, len(raw), line))
                 end += len(raw)
+        if not end and (read_only or not _BEGIN.startswith(torn[: len(_BEGIN)])):
+            raise ConfigurationError(f"{path} is no archive, and was left as it is")
+        if not read_only:
+            os.ftruncate(self._file, end)
         if not end:
             header = self._header(keyring)
             self._open(header, path, keyring)
-            if not read_only:
-                os.ftruncate(self._file, 0)
-                end = os.pwrite(self._file, _text(header), 0)
-        elif not read_only:
-            os.ftruncate(self._file, end)
+            self._end = 0
+            end = self._write(_text(header))
         return end
+
+    def _write(self, raw: bytes) -> int:
+        """Write at the end, all or nothing; return how many bytes that was."""
+        done = 0
+        try:
+            while done < len(raw):
+                done += os.pwrite(self._file, raw[done:], self._end + done)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            msg = f"the archive cannot be written ({error.strerror}); this step is not in it"
+            raise UnavailableError(msg) from error
+        return done
 
     @staticmethod
     def _header(keyring: Keyring | None) -> dict[str, Any]:
@@ -173,7 +190,7 @@ class Archive(BaseCheckpointSaver[str]):
         return {"archive": _FORMAT, "id": id_, "data_key": key}
 
     def _open(self, header: dict[str, Any], path: str, keyring: Keyring | None) -> None:
-        if header.get("archive") != _FORMAT:
+        if header.get("archive") != _FORMAT or not {"id", "data_key"} <= header.keys():
             raise ConfigurationError(
                 f"{path} is no archive of version {_FORMAT}, and was left as it is"
             )
@@ -189,7 +206,13 @@ class Archive(BaseCheckpointSaver[str]):
         self._serializer = codec_for(self.serde, None)
 
     def _index(self, place: _Place) -> None:
-        line = place.line
+        try:
+            self._index_line(place, place.line)
+        except (KeyError, TypeError, ValueError):
+            msg = f"the archive has a line at byte {place.offset} that says nothing known"
+            raise ConfigurationError(f"{msg}; it was left as it is") from None
+
+    def _index_line(self, place: _Place, line: dict[str, Any]) -> None:
         if "value" in line:
             thread_id, ns, channel, version = line["value"]
             self._lines[place.offset] = place
@@ -208,10 +231,10 @@ class Archive(BaseCheckpointSaver[str]):
         raw = _text(line)
         if self._file < 0:
             raise ConfigurationError("this archive was closed; open it anew")
-        os.pwrite(self._file, raw, self._end)
+        size = self._write(raw)
         del line["data"]
-        self._index(_Place(self._end, len(raw), line))
-        self._end += len(raw)
+        self._index(_Place(self._end, size, line))
+        self._end += size
 
     def _data(self, place: _Place, *bound: str) -> tuple[str, bytes]:
         if self._file < 0:
@@ -261,6 +284,10 @@ class Archive(BaseCheckpointSaver[str]):
         if not is_patch(type_):
             step, bases = 0, []
         self._append({"value": key, "step": step, "bases": bases}, type_, data, "value", *key)
+
+    def get_next_version(self, current: str | int | None, channel: None = None) -> str:  # noqa: ARG002 - LangGraph still passes it
+        """Return a version greater than `current`, unlike that of any fork."""
+        return next_version(current)
 
     def put_writes(
         self,
@@ -337,12 +364,12 @@ class Archive(BaseCheckpointSaver[str]):
             metadata=metadata,
             parent_config=address(*key[:2], parent) if parent else None,
             pending_writes=[
-                (at[0], writes[at].line["channel"], self._write(key, at))
+                (at[0], writes[at].line["channel"], self._load_write(key, at))
                 for at in sorted(writes, key=lambda at: writes_sort_key(paths[at], *at))
             ],
         )
 
-    def _write(self, key: _Put, at: tuple[str, int]) -> Any:
+    def _load_write(self, key: _Put, at: tuple[str, int]) -> Any:
         place = self._writes[key][at]
         bound = "write", *key, at[0], str(at[1]), place.line["channel"]
         return self._load(self._data(place, *bound))

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import secrets
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -48,7 +47,7 @@ from langgraph_vat._ops.schema import (
 )
 from langgraph_vat._ops.shared import Counters
 from langgraph_vat._ops.tiers import enable_hot, refresh, require_hot
-from langgraph_vat._ops.values import address, to_tuple
+from langgraph_vat._ops.values import address, next_version, to_tuple
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import EncryptedSerializer, sealing
@@ -608,8 +607,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         The form is langgraph-checkpoint-postgres's. The suffix comes from the
         system's randomness: `random` would repeat itself after a fork.
         """
-        number = 0 if current is None else int(str(current).split(".")[0])
-        return f"{number + 1:032}.0.{secrets.randbelow(10**16):016}"
+        return next_version(current)
 
     def _where(self, config: RunnableConfig) -> tuple[str, str, str]:
         """Return stored thread id, namespace and checkpoint id ('' for none) of a config."""

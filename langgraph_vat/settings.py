@@ -34,7 +34,8 @@ class Retention:
     """
     For how long threads are kept; the names are those of ``ttl`` in langgraph.json.
 
-    A thread expires when it was idle for `default_ttl`, or is `max_age` old.
+    A thread expires when it was idle for `default_ttl`, or is `max_age` old: choose
+    more than a single step of a run may take.
     Apart from that, of a thread that has more than `keep_last` checkpoints the
     older ones go. Without any of the three everything is kept for ever.
 

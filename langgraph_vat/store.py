@@ -7,6 +7,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
 
+from langgraph_vat._durable.items import TABLES, VECTOR_TABLES
 from langgraph_vat._io.addresses import PostgresSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
@@ -20,9 +21,6 @@ from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
-
-# The table without which there is no store.
-NEEDS = "vat_store_keys"
 
 
 class SemanticStore(Managed, BaseStore):
@@ -69,6 +67,7 @@ class SemanticStore(Managed, BaseStore):
         self.index_config = index
         self._connections = connections
         vectors = VectorIndex(index) if index is not None else None
+        self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
         self._items = items.Items(vectors, keyring, serde or JsonPlusSerializer())
 
     @classmethod
@@ -137,19 +136,19 @@ class SemanticStore(Managed, BaseStore):
             SealError: A value was changed, moved, or is not sealed.
             UnavailableError: All of it was written, or none.
         """
-        return drive(items.batch(self._items, self._connections.blocking(NEEDS), ops))
+        return drive(items.batch(self._items, self._connections.blocking(self._needs), ops))
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
-        return await items.batch(self._items, await self._connections.asyncio(NEEDS), ops)
+        return await items.batch(self._items, await self._connections.asyncio(self._needs), ops)
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""
-        return drive(items.sweep(self._connections.blocking(NEEDS)))
+        return drive(items.sweep(self._connections.blocking(self._needs)))
 
     async def asweep_ttl(self) -> int:
         """Like `sweep_ttl`."""
-        return await items.sweep(await self._connections.asyncio(NEEDS))
+        return await items.sweep(await self._connections.asyncio(self._needs))
 
     def close(self) -> None:
         """Close the connections. May be called again."""

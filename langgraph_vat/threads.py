@@ -76,6 +76,8 @@ class Threads:
         before: ThreadInfo | None,
         limit: int,
     ) -> Sequence[ThreadInfo]:
+        if not isinstance(before, ThreadInfo | None):
+            raise InvalidInputError("before must be a thread that search() returned")
         if before is not None:
             before = before._replace(thread_id=self._view.stored(before.thread_id))
         found = await searching.search_threads(
@@ -107,6 +109,8 @@ class Threads:
 
     def _check(self, policy: Retention | None) -> None:
         keys = self._life.shared.settings.thread_metadata
+        if not isinstance(policy, Retention | None):
+            raise InvalidInputError("a policy must be a Retention; see Retention.of for mappings")
         if policy is not None and not policy.metadata.keys() <= {*keys}:
             raise InvalidInputError(
                 "the policy's metadata must be among thread_metadata; nothing was changed"

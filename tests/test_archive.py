@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 import random
 import signal
 import subprocess
@@ -15,7 +16,14 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
-from langgraph_vat import ConfigurationError, HybridSaver, InvalidInputError, Keyring, SealError
+from langgraph_vat import (
+    ConfigurationError,
+    HybridSaver,
+    InvalidInputError,
+    Keyring,
+    SealError,
+    UnavailableError,
+)
 from langgraph_vat.archive import Archive
 from langgraph_vat.migrate import acopy_checkpoints, copy_checkpoints
 
@@ -144,8 +152,12 @@ def test_a_line_that_was_not_finished_is_as_if_it_never_was(tmp_path, keyring):
     ends = [position for position, byte in enumerate(whole) if byte == 10]
     for end in (0, 5, ends[0], ends[0] + 1, ends[3] + 7, ends[-2] + 1, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with Archive(path, keyring=keyring, read_only=True) as archive:
-            list(archive.list(None))
+        if end > ends[0]:
+            with Archive(path, keyring=keyring, read_only=True) as archive:
+                list(archive.list(None))
+        else:
+            with pytest.raises(ConfigurationError, match="no archive"):
+                Archive(path, keyring=keyring, read_only=True)
         assert path.read_bytes() == whole[:end]
         with Archive(path, keyring=keyring) as archive:
             copy_checkpoints(memory, archive)
@@ -198,7 +210,19 @@ def test_a_sealed_file_wants_its_keyring_and_shows_changes(tmp_path):
 
 def test_what_is_no_archive_is_left_as_it_is(tmp_path):
     path = tmp_path / "a"
-    for text in ("hello\n", "[1]\n", '{"archive": 2, "id": "x", "data_key": null}\n', "{}\n"):
+    with Archive(tmp_path / "good"):
+        pass
+    good = (tmp_path / "good").read_text()
+    for text in (
+        "hello\n",
+        "hello",
+        "[1]\n",
+        '{"archive": 2, "id": "x", "data_key": null}\n',
+        "{}\n",
+        '{"archive": 1}\n',
+        good + good,
+        good + '{"value": [1]}\n',
+    ):
         path.write_text(text)
         with pytest.raises(ConfigurationError, match="left as it is"):
             Archive(path)
@@ -219,3 +243,47 @@ def test_one_writes_or_many_read(tmp_path):
         archive.put(at("t", ""), empty_checkpoint(), {}, {})
     with Archive(tmp_path / "a", read_only=True), Archive(tmp_path / "a", read_only=True):
         pass
+
+
+def test_a_full_disk_takes_nothing_that_was_there(tmp_path, monkeypatch):
+    path, left = tmp_path / "a", [10_000]
+    pwrite = os.pwrite
+
+    def short(file: int, raw: bytes, offset: int) -> int:
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        done = pwrite(file, raw[: min(left[0], 100)], offset)
+        left[0] -= done
+        return done
+
+    with Archive(path) as archive:
+        monkeypatch.setattr("langgraph_vat.archive.os.pwrite", short)
+        config, made = at("t", ""), []
+
+        def fill() -> None:
+            while True:
+                made.append(archive.put(made[-1], empty_checkpoint(), {"note": "x" * 500}, {}))
+
+        made.append(archive.put(config, empty_checkpoint(), {}, {}))
+        with pytest.raises(UnavailableError, match="No space"):
+            fill()
+        monkeypatch.undo()
+        made.append(archive.put(made[-1], empty_checkpoint(), {}, {}))
+    with Archive(path, read_only=True) as archive:
+        assert [found.config for found in archive.list(None)] == made[::-1]
+
+
+def test_a_graph_may_run_on_it_and_fork(tmp_path):
+    with Archive(tmp_path / "a") as archive:
+        builder = StateGraph(State).add_node("say", lambda s: {"log": [f"{len(s['log'])}"]})
+        graph = builder.add_edge(START, "say").compile(checkpointer=archive)
+        for turn in range(3):
+            graph.invoke({"log": [f"in {turn}"]}, at("t"))
+        before = {s.config["configurable"]["checkpoint_id"]: s.values
+                  for s in graph.get_state_history(at("t"))}  # fmt: skip
+        fork = list(graph.get_state_history(at("t")))[3]
+        graph.update_state(fork.config, {"log": ["FORK"]})
+        graph.invoke({"log": ["after"]}, at("t"))
+        after = {s.config["configurable"]["checkpoint_id"]: s.values
+                 for s in graph.get_state_history(at("t"))}  # fmt: skip
+        assert {key: after[key] for key in before} == before

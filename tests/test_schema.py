@@ -26,6 +26,7 @@ from langgraph_vat import (
 from langgraph_vat.embedded import _package
 from tests.store.embedder import DIMS, embed
 
+SECRET = "".join(["s3", "cret"])  # so that no line of this file has it
 INDEX: Any = {"embed": embed, "dims": DIMS}
 COLUMNS = """
 SELECT table_name, column_name, data_type, collation_name, is_nullable
@@ -140,7 +141,7 @@ HERE: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
 
 def put(saver: HybridSaver, thread_id: str = "t") -> Any:
     config: Any = {"configurable": {"thread_id": thread_id, "checkpoint_ns": ""}}
-    return saver.put(config, empty_checkpoint(), {}, {})
+    return saver.put(config, empty_checkpoint(), {"note": SECRET}, {})
 
 
 def run(url: str, *statements: str) -> None:
@@ -177,6 +178,36 @@ async def test_a_schema_without_tables_does_not_lead_to_anothers(postgres_url, r
         assert others.checkpointer.get_tuple(HERE) is not None
     with psycopg.connect(postgres_url) as connection:
         assert connection.execute("SELECT to_regnamespace('mistyped')").fetchone() == (None,)
+
+
+@pytest.mark.parametrize("table", ["checkpoint_blobs", "vat_threads", "store", "store_vectors"])
+def test_a_table_that_a_schema_lost_does_not_lead_to_anothers(postgres_url, table):
+    with (
+        Vat.connect(postgres_url, index=INDEX) as others,
+        Vat.connect(postgres_url, schema="agents", index=INDEX),
+    ):
+        put(others.checkpointer)
+        others.store.put(("n",), "k", {"text": "theirs"})
+        run(postgres_url, f"DROP TABLE agents.{table} CASCADE")
+        vat = Vat.connect(postgres_url, schema="agents", index=INDEX)
+        face = vat.store if table.startswith("store") else vat.checkpointer
+        attempt = (
+            (lambda: face.search((), query="theirs"))
+            if table.startswith("store")
+            else lambda: face.delete_thread("t")
+        )
+        with pytest.raises(SchemaError, match=f"no table {table}"):
+            attempt()
+        assert others.checkpointer.get_tuple(HERE) is not None
+        vat.close()
+
+
+def test_a_table_without_its_primary_key_is_told(postgres_url):
+    with HybridSaver.from_conn_string(postgres_url) as saver:
+        run(postgres_url, "ALTER TABLE checkpoints DROP CONSTRAINT checkpoints_pkey")
+        assert saver.check() == [
+            "table checkpoints has lost its primary key: put it back, or restore a backup"
+        ]
 
 
 def test_a_saver_that_waited_for_its_schema_works_once_it_is_there(postgres_url):
@@ -249,6 +280,9 @@ DAMAGES = {
     "ALTER TABLE store DROP COLUMN vat_value": "table store has no vat_value",
     "DROP TABLE store_vectors": "table store_vectors is missing",
     "DROP EXTENSION vector CASCADE": "the extension vector is missing",
+    "DROP TRIGGER vat_refuse_strangers ON checkpoints": "trigger vat_refuse_strangers on checkpoi",
+    "ALTER TABLE checkpoint_blobs DISABLE TRIGGER ALL": "trigger vat_refuse_strangers on checkpoi",
+    "DROP FUNCTION vat_refuse_strangers CASCADE": "trigger vat_refuse_strangers on checkpoint_wr",
 }
 
 
@@ -354,7 +388,7 @@ def test_what_a_rule_of_the_database_refuses_holds_up_no_other_thread(
         run(postgres_url, RULES[rule])
         for thread_id in ("a", "bad", "good", "z"):
             config = put(saver, thread_id)
-            saver.put_writes(config, [("secret", "S3CRET")], "task")
+            saver.put_writes(config, [("secret", SECRET)], "task")
         saver.flush()
         with psycopg.connect(postgres_url) as connection:
             found = connection.execute("SELECT thread_id FROM checkpoints").fetchall()
@@ -368,8 +402,8 @@ def test_what_a_rule_of_the_database_refuses_holds_up_no_other_thread(
         else:
             assert len(found) == 1
     text = "".join(traceback.format_exception(refused.value)) if rule != "unique" else ""
-    assert "S3CRET" not in caplog.text + text
-    assert b"S3CRET".hex() not in caplog.text + text
+    assert SECRET not in caplog.text + text
+    assert SECRET.encode().hex() not in caplog.text + text
     run(postgres_url, "DROP INDEX IF EXISTS nope")
     if rule == "constraint":
         run(postgres_url, "ALTER TABLE checkpoints DROP CONSTRAINT nope")

@@ -185,7 +185,7 @@ def test_pages_lead_through_ties_once_each_while_others_write(make, postgres_url
         assert set(expected) - moved <= set(seen) <= set(expected)
 
 
-def test_metadata_is_that_of_the_newest_root_checkpoint(make):
+def test_metadata_is_the_newest_that_root_checkpoints_said_of_each_key(make):
     saver = make(thread_metadata=("user", "tags"))
     first = put(saver, at("t"), user="ada", tags={"x": [1, 2]}, other=1)
     second = put(saver, first, user="bob", tags={"x": [3]})
@@ -199,8 +199,11 @@ def test_metadata_is_that_of_the_newest_root_checkpoint(make):
     assert names(saver.threads.search(metadata={"tags": {"x": [3]}})) == ["t"]
     for other in ({"user": "ada"}, {"user": "inner"}, {"user": "old"}, {"user": None}):
         assert not saver.threads.search(metadata=other)
-    put(saver, second)
-    assert saver.threads.search()[0].metadata == {}
+    third = put(saver, second)
+    put(saver, third, user="eve")
+    assert saver.threads.search()[0].metadata == {"user": "eve", "tags": {"x": [3]}}
+    saver.copy_thread("t", "copy")
+    assert saver.threads.search()[0].metadata == {"user": "eve", "tags": {"x": [3]}}
 
 
 def test_metadata_follows_when_the_newest_checkpoint_goes(make):
@@ -450,6 +453,23 @@ def test_the_metadata_that_postgres_saver_wrote_is_searched_too(postgres_url):
 
 
 # --- retention -------------------------------------------------------------
+
+
+def test_a_sweep_leaves_what_others_use(postgres_url):
+    with (
+        PostgresSaver.from_conn_string(postgres_url) as theirs,
+        HybridSaver.from_conn_string(postgres_url, storage="compatible") as ours,
+    ):
+        theirs.setup()
+        config = grow(ours, "t", 2)
+        age(postgres_url, 90)
+        config = put(theirs, config)
+        assert ours.threads.sweep(IDLE, dry_run=True) == NOTHING
+        assert ours.threads.sweep(IDLE) == NOTHING
+        assert ours.get_tuple(at("t")).config == config
+        assert [one.steps for one in ours.threads.search()] == [3]
+        age(postgres_url, 90)
+        assert ours.threads.sweep(IDLE).checkpoints == 3
 
 
 def test_without_a_policy_everything_is_kept_for_ever(make, postgres_url):

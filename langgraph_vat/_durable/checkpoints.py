@@ -106,10 +106,9 @@ RECOUNT_THREAD: tuple[LiteralString, ...] = (
     RECOUNT_THREADS + "WHERE t.thread_id = %(thread)s",
     """
 UPDATE vat_threads t SET metadata = coalesce((
-    SELECT jsonb_object_agg(m.key, m.value)
+    SELECT jsonb_object_agg(m.key, m.value ORDER BY c.checkpoint_id)
     FROM checkpoints c CROSS JOIN LATERAL jsonb_each(c.metadata) AS m
-    WHERE c.thread_id = t.thread_id AND c.checkpoint_ns = '' AND c.checkpoint_id = t.head_id
-    AND m.key = ANY(%(shown)s::text[])
+    WHERE c.thread_id = t.thread_id AND c.checkpoint_ns = '' AND m.key = ANY(%(shown)s::text[])
 ), '{}')
 WHERE t.thread_id = %(thread)s
 """,
@@ -197,20 +196,22 @@ SET parent_checkpoint_id = excluded.parent_checkpoint_id, checkpoint = excluded.
 RETURNING thread_id, checkpoint_ns, checkpoint_id, metadata, xmax = 0 AS is_new
 ), counted AS (
     SELECT s.thread_id, count(*) FILTER (WHERE s.is_new) AS steps,
-        max(s.checkpoint_id) FILTER (WHERE s.checkpoint_ns = '') AS head_id,
-        (array_agg(s.metadata ORDER BY s.checkpoint_id DESC)
-         FILTER (WHERE s.checkpoint_ns = ''))[1] AS metadata
+        max(s.checkpoint_id) FILTER (WHERE s.checkpoint_ns = '') AS head_id
     FROM stored s GROUP BY s.thread_id
+), told AS (
+    SELECT s.thread_id, jsonb_object_agg(m.key, m.value ORDER BY s.checkpoint_id) AS metadata
+    FROM stored s CROSS JOIN LATERAL jsonb_each(s.metadata) AS m
+    WHERE s.checkpoint_ns = '' AND m.key = ANY(%(shown)s::text[]) GROUP BY s.thread_id
 )
 UPDATE vat_threads t SET updated_at = now(), bytes = t.bytes + e.bytes,
     steps = t.steps + coalesce(c.steps, 0),
     head_id = greatest(t.head_id, c.head_id),
-    metadata = CASE WHEN t.head_id > c.head_id OR c.head_id IS NULL THEN t.metadata ELSE coalesce((
-        SELECT jsonb_object_agg(m.key, m.value) FROM jsonb_each(c.metadata) AS m
-        WHERE m.key = ANY(%(shown)s::text[])
-    ), '{}') END
+    metadata = CASE WHEN told.metadata IS NULL THEN t.metadata
+        WHEN t.head_id > c.head_id THEN told.metadata || t.metadata
+        ELSE t.metadata || told.metadata END
 FROM unnest(%(touched)s::text[], %(sizes)s::bigint[]) AS e (thread_id, bytes)
 LEFT JOIN counted c ON c.thread_id = e.thread_id
+LEFT JOIN told ON told.thread_id = e.thread_id
 WHERE t.thread_id = e.thread_id
 """
 
@@ -626,7 +627,21 @@ ORDER BY t.thread_id LIMIT %(limit)s
 """
 )
 
-IS_DUE: LiteralString = _DUE + "AND t.thread_id = %(thread)s"
+# What a thread got from others, who do not tell; they may write while there is no hot tier.
+_STRANGER: LiteralString = """
+EXISTS (
+    SELECT FROM checkpoints c WHERE c.thread_id = t.thread_id AND c.checkpoint_ns = ''
+    AND c.checkpoint_id > coalesce(t.head_id, '')
+)
+"""
+
+IS_DUE: LiteralString = _DUE + "AND t.thread_id = %(thread)s AND NOT" + _STRANGER
+
+TOUCH_STRANGER: LiteralString = (
+    "UPDATE vat_threads t SET updated_at = now() WHERE t.thread_id = %(thread)s AND"
+    + _STRANGER
+    + "RETURNING t.thread_id"
+)
 
 NOTE_KEPT: LiteralString = """
 UPDATE vat_threads SET kept = steps, kept_last = %(most)s WHERE thread_id = %(thread)s

@@ -86,6 +86,19 @@ CROSS JOIN LATERAL (SELECT quote_ident(current_schema()) || '.' || name) AS p (p
 WHERE to_regclass(place) IS NOT NULL
 """
 
+# Tables that let anything in: twice, or past Redis.
+UNGUARDED: LiteralString = """
+SELECT name, NOT EXISTS (
+    SELECT FROM pg_constraint WHERE conrelid = to_regclass(place) AND contype = 'p'
+), strpos(name, 'vat_') = 0 AND NOT EXISTS (
+    SELECT FROM pg_trigger WHERE tgrelid = to_regclass(place)
+    AND tgname = 'vat_refuse_strangers' AND tgenabled <> 'D'
+)
+FROM unnest(%(tables)s::text[]) AS t (name)
+CROSS JOIN LATERAL (SELECT quote_ident(current_schema()) || '.' || name) AS p (place)
+WHERE to_regclass(place) IS NOT NULL
+"""
+
 HAS_STATE: LiteralString = "SELECT FROM vat_state"
 
 MIGRATION_1: tuple[LiteralString, ...] = (

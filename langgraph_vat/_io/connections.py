@@ -10,6 +10,7 @@ its loop; an async generator that the loop closes when it shuts down
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, LiteralString
 
@@ -33,10 +34,11 @@ from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableErr
 from langgraph_vat.settings import Settings
 
 SELECT_PID = "SELECT pg_backend_pid()"
-HAS_TABLE: LiteralString = """
-SELECT EXISTS (
+Tables = AbstractSet[str]
+LACKS_TABLES: LiteralString = """
+SELECT t.name FROM unnest(%(tables)s::text[]) AS t (name) WHERE NOT EXISTS (
     SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE n.nspname = %(schema)s AND c.relname = %(table)s
+    WHERE n.nspname = %(schema)s AND c.relname = t.name
     AND has_schema_privilege(n.oid, 'USAGE')
 )
 """
@@ -100,16 +102,16 @@ class Connections:
         """Where Redis is, without credentials."""
         return str(self._redis)
 
-    def blocking(self, needs: str | None = None) -> BlockingBackend:
+    def blocking(self, needs: Tables = frozenset()) -> BlockingBackend:
         """
         The backend for blocking callers, connected on first use.
 
         Args:
-            needs: A table that must be in the schema: one of the same name in
-                another schema of the search path is somebody else's.
+            needs: Tables that must be in the schema: those of the same names in
+                another schema of the search path are somebody else's.
 
         Raises:
-            SchemaError: It is not there.
+            SchemaError: They are not there.
             UnavailableError: Postgres does not answer.
         """
         opened = self._blocking
@@ -121,7 +123,7 @@ class Connections:
         drive(self._require(opened[0], needs))
         return opened[0]
 
-    async def asyncio(self, needs: str | None = None) -> AsyncioBackend:
+    async def asyncio(self, needs: Tables = frozenset()) -> AsyncioBackend:
         """The backend of the running event loop, likewise."""
         if self._closed:
             raise closed()
@@ -143,16 +145,16 @@ class Connections:
         await self._require(backend, needs)
         return backend
 
-    async def _require(self, backend: Backend, table: str | None) -> None:
-        if table is None or self.schema is None or table in self._found:
+    async def _require(self, backend: Backend, needs: Tables) -> None:
+        if self.schema is None or needs <= self._found:
             return
-        params = {"schema": self.schema, "table": table}
-        if not (await backend.durable.fetch(HAS_TABLE, params))[0][0]:
+        params = {"schema": self.schema, "tables": sorted(needs)}
+        if rows := await backend.durable.fetch(LACKS_TABLES, params):
             raise SchemaError(
-                f"schema {self.schema} has no table {table}, or the role may not use it. Nothing"
-                " was read or written. Run setup() once; check() says what is missing."
+                f"schema {self.schema} has no table {rows[0][0]}, or the role may not use it."
+                " Nothing was read or written. Run setup() once; check() says what is missing."
             )
-        self._found.add(table)
+        self._found |= needs
 
     def _leave_closed_loops(self) -> None:
         """Let go of what belongs to loops that ended without their async generators' end."""

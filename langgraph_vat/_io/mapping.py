@@ -107,7 +107,7 @@ def map_postgres() -> Iterator[None]:
             raise ConfigurationError(f"{error.diag.message_primary} Pass redis=.") from error
         refused = _refused(error)
     if refused is not None:
-        raise refused  # outside: what Postgres says may quote the row
+        raise refused from None  # what Postgres says may quote the row
 
 
 def _refused(error: psycopg.DatabaseError) -> RefusedError:

@@ -80,8 +80,24 @@ async def _is_current(postgres: Durable | Session) -> bool:
     return (
         await _version(postgres) == sql.VERSION
         and not await damages(postgres, sql.TABLES)
+        and not any(line.startswith("trigger") for line in await _unguarded(postgres))
         and bool(await postgres.fetch(sql.HAS_STATE))
     )
+
+
+async def _unguarded(postgres: Durable | Session) -> list[str]:
+    """Return which tables lost their primary key, or the trigger that refuses strangers."""
+    found = []
+    for name, has_no_key, has_no_trigger in await postgres.fetch(
+        sql.UNGUARDED, {"tables": list(sql.TABLES)}
+    ):
+        if has_no_key:
+            found.append(f"table {name} has lost its primary key: put it back, or restore a backup")
+        if has_no_trigger:
+            found.append(
+                f"trigger vat_refuse_strangers on {name} is missing, or disabled: run setup()"
+            )
+    return found
 
 
 async def damages(postgres: Durable | Session, tables: Mapping[str, str]) -> list[str]:
@@ -125,6 +141,7 @@ async def check_checkpoints(backend: Backend, schema: str | None) -> list[str]:
     found = await damages(backend.durable, sql.TABLES) + await unusable(backend, list(sql.TABLES))
     if found:
         return found
+    found = await _unguarded(backend.durable)
     version = await _version(backend.durable)
     if version != sql.VERSION:
         found.append(f"the schema is version {version}, and must be {sql.VERSION}: run setup()")

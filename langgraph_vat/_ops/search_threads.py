@@ -31,6 +31,8 @@ async def search_threads(
     Raises:
         InvalidInputError: The metadata can be nobody's, or the limit is none.
     """
+    if not isinstance(metadata, Mapping) or not all(type(key) is str for key in metadata):
+        raise InvalidInputError("metadata must be a mapping of names to values")
     unknown = sorted(set(metadata) - set(shared.settings.thread_metadata))
     if unknown:
         raise InvalidInputError(

@@ -19,7 +19,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.history import flush_waiting
 from langgraph_vat._ops.retention import keep
-from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.shared import Shared, recount
 from langgraph_vat._ops.threads import change_history
 from langgraph_vat._ops.tiers import change_row
 from langgraph_vat._records import Fence, Swept
@@ -69,10 +69,24 @@ async def sweep(
         for due in [_Due(*row) for row in rows]:
             after = due.thread_id
             with suppress(_LeftAloneError):
+                if not is_dry and await _is_used_by_others(shared, backend, due.thread_id):
+                    continue
                 gone = await _sweep_one(shared, backend, due, params, is_dry=is_dry)
                 swept = Swept(*map(sum, zip(swept, gone, strict=True)))
         size = len(rows)
     return swept
+
+
+async def _is_used_by_others(shared: Shared, backend: Backend, thread_id: str) -> bool:
+    """Whether a thread has steps of savers that do not tell; it counts as used just now then."""
+
+    async def body(session: Session) -> bool:
+        is_used = bool(await session.fetch(sql.TOUCH_STRANGER, {"thread": thread_id}))
+        if is_used:
+            await recount(shared, session, thread_id)
+        return is_used
+
+    return await backend.durable.transact(body)
 
 
 async def _sweep_one(

@@ -200,7 +200,7 @@ async def _attach(
         # Another process may have claimed both since the row was read.
         _, hot_tier, hot_runs, *_ = await _select_row(backend.durable)
     if found is not None:
-        _refuse_foreign(found, hot_tier)
+        _refuse_foreign(shared, found, hot_tier)
     is_lost = hot_tier is not None and (found is None or runs != hot_runs)
     if hot_tier is None:
         hot_tier = await _claim(shared, backend, runs, is_asked=False)
@@ -220,7 +220,7 @@ async def _attach(
     if found is None:
         arguments: list[Arg] = [str(hot_tier), 1]
         found = await hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
-        _refuse_foreign(found, hot_tier)
+        _refuse_foreign(shared, found, hot_tier)
     shared.state.hot_runs = runs
 
 
@@ -242,7 +242,7 @@ async def enable_hot(shared: Shared, backend: Backend) -> None:
         raise UnavailableError(msg) from error
     hot_tier = (await _select_row(backend.durable))[1]
     if found is not None:
-        _refuse_foreign(found, hot_tier)
+        _refuse_foreign(shared, found, hot_tier)
     if hot_tier is None:
         await _claim(shared, backend, runs, is_asked=True)
     await refresh(shared, backend, may_try=True)
@@ -310,12 +310,12 @@ def _needs_hot_tier() -> ConfigurationError:
     )
 
 
-def _refuse_foreign(found: bytes, hot_tier: str | None) -> None:
+def _refuse_foreign(shared: Shared, found: bytes, hot_tier: str | None) -> None:
     if hot_tier is None or found != hot_tier.encode():
         msg = (
-            "this Redis is the hot tier of another database (under the same key_prefix), so nothing"
-            " was read or written. Use another Redis, or another key_prefix; or, if that database"
-            " is gone or began anew, delete its keys, which begin with {key_prefix:."
+            "this Redis is the hot tier of another database, or of what this one was before, so"
+            " nothing was read or written. Use another Redis, or another key_prefix; or, if those"
+            f" steps are not wanted, delete its keys: {{{shared.settings.key_prefix}:*"
         )
         raise ConfigurationError(msg)
 

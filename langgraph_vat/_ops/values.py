@@ -378,6 +378,12 @@ def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTupl
     )
 
 
+def next_version(current: str | int | None) -> str:
+    """Return a version greater than `current`, unlike any other's that follows the same one."""
+    number = 0 if current is None else int(str(current).split(".")[0])
+    return f"{number + 1:032}.0.{secrets.randbelow(10**16):016}"
+
+
 def address(thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> RunnableConfig:
     """Return the config that names one checkpoint."""
     return {
