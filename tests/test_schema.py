@@ -26,7 +26,7 @@ from langgraph_vat import (
 from langgraph_vat.embedded import _package
 from tests.store.embedder import DIMS, embed
 
-SECRET = "".join(["s3", "cret"])  # so that no line of this file has it
+SECRET = "s3cret"
 INDEX: Any = {"embed": embed, "dims": DIMS}
 COLUMNS = """
 SELECT table_name, column_name, data_type, collation_name, is_nullable
