@@ -198,12 +198,14 @@ def test_a_thread_of_more_than_ten_thousand_writes_is_deleted_whole(saver, postg
 
 
 def test_setup_may_run_in_many_threads_at_once(postgres_url, redis_url):
-    savers = [HybridSaver.from_conn_string(postgres_url, redis=redis_url) for _ in range(10)]
-    with ThreadPoolExecutor(10) as pool:
-        list(pool.map(HybridSaver.setup, savers))
-    savers[0].put(at(), checkpoint(), {}, {"a": "1"})
-    for saver in savers:
-        saver.close()
+    for name in ("a", "b", "c", "d", "e", "f"):
+        options: Any = {"redis": redis_url, "schema": name, "key_prefix": name}
+        savers = [HybridSaver.from_conn_string(postgres_url, **options) for _ in range(10)]
+        with ThreadPoolExecutor(10) as pool:
+            list(pool.map(HybridSaver.setup, savers))
+        savers[0].put(at(), checkpoint(), {}, {"a": "1"})
+        for saver in savers:
+            saver.close()
 
 
 def test_setup_against_a_held_lock_names_who_holds_it(postgres_url, monkeypatch):

@@ -21,9 +21,13 @@ LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 LANGGRAPH_VERSION = 9
 VERSION = 4
 
-# In the schema that is ours, and in no other on the search path.
+# In the schema that is ours, and in no other on the search path. It reads a table: a
+# statement that reads none may not see what another session made a moment ago.
 HAS_SCHEMA: LiteralString = """
-SELECT to_regclass(quote_ident(current_schema()) || '.vat_schema') IS NOT NULL
+SELECT EXISTS (
+    SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = current_schema() AND c.relname = 'vat_schema'
+)
 """
 HAS_SEALED: LiteralString = "SELECT EXISTS (SELECT FROM vat_threads WHERE data_key IS NOT NULL)"
 SELECT_VERSION: LiteralString = "SELECT coalesce(max(version), 0) FROM vat_schema"
