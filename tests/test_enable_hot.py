@@ -53,9 +53,10 @@ def test_a_database_that_others_wrote_is_not_made_hot_unasked(theirs, ours, redi
     put(theirs, config)
 
 
-def test_after_the_cut_over_others_are_refused_with_the_reason(theirs, ours):
+def test_after_the_cut_over_others_are_refused_with_the_reason(theirs, ours, caplog):
     first = put(theirs)
     ours.enable_hot()
+    assert not caplog.records
     second = put(ours, first)["configurable"]["checkpoint_id"]
     for attempt in (
         lambda: put(theirs, first),

@@ -22,6 +22,7 @@ a degraded one, and which Redis holds the data.
 
 import logging
 import uuid
+from contextlib import suppress
 from typing import LiteralString
 
 from langgraph_vat._durable import checkpoints as sql
@@ -244,7 +245,9 @@ async def enable_hot(shared: Shared, backend: Backend) -> None:
     if found is not None:
         _refuse_foreign(shared, found, hot_tier)
     if hot_tier is None:
-        await _claim(shared, backend, runs, is_asked=True)
+        arguments: list[Arg] = [await _claim(shared, backend, runs, is_asked=True), 1]
+        with suppress(HotTierError):  # then it is found to know nothing, which is true
+            await backend.hot.script(scripts.IDENTIFY, [shared.keys.identity], arguments)
     await refresh(shared, backend, may_try=True)
 
 
