@@ -110,10 +110,13 @@ class Archive(BaseCheckpointSaver[str]):
         self._puts: dict[_Put, _Place] = {}
         self._writes: dict[_Put, dict[tuple[str, int], _Place]] = {}
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+        self._file = -1
         try:
             self._file = os.open(path, flags | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._file, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
+            if self._file >= 0:
+                os.close(self._file)
             msg = f"the archive {path} cannot be used ({error.strerror}), or another process does"
             raise ConfigurationError(msg) from error
         try:
@@ -228,17 +231,18 @@ class Archive(BaseCheckpointSaver[str]):
     def _append(self, line: dict[str, Any], type_: str, data: bytes, *place: str) -> None:
         sealed_type, sealed = self._codec.seal(type_, data, *place)
         line = {**line, "type": sealed_type, "data": base64.b64encode(sealed).decode()}
-        raw = _text(line)
-        if self._file < 0:
-            raise ConfigurationError("this archive was closed; open it anew")
-        size = self._write(raw)
+        self._refuse_closed()
+        size = self._write(_text(line))
         del line["data"]
         self._index(_Place(self._end, size, line))
         self._end += size
 
-    def _data(self, place: _Place, *bound: str) -> tuple[str, bytes]:
+    def _refuse_closed(self) -> None:
         if self._file < 0:
             raise ConfigurationError("this archive was closed; open it anew")
+
+    def _data(self, place: _Place, *bound: str) -> tuple[str, bytes]:
+        self._refuse_closed()
         line = json.loads(os.pread(self._file, place.size, place.offset))
         return self._codec.open(line["type"], base64.b64decode(line["data"]), *bound)
 

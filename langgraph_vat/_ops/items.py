@@ -206,16 +206,12 @@ def _check_condition(condition: MatchCondition) -> None:
     _check_length(condition.path, "")
 
 
-def check_key(key: Any) -> None:
-    """Refuse a key that is no string."""
+def _check_length(namespace: Sequence[str], key: str) -> None:
     if not isinstance(key, str):
         raise InvalidInputError(
             f"a key must be a string, not {type(key).__name__}; nothing was done. Pass str(...)"
         )
 
-
-def _check_length(namespace: Sequence[str], key: str) -> None:
-    check_key(key)
     if not is_text(key) or not all(is_text(label) for label in namespace if isinstance(label, str)):
         raise InvalidInputError(
             "a namespace or key has a NUL or a lone surrogate, which Postgres cannot hold; nothing"

@@ -29,10 +29,15 @@ async def delete_thread(shared: Shared, backend: Backend, thread_id: str) -> Non
     """Delete a thread, its fence and its data key, in both tiers."""
 
     async def body(session: Session, _: Fence) -> None:
-        for statement in sql.DELETE_ROWS:
-            await session.execute(statement, {"thread": thread_id})
+        await delete_rows(session, thread_id)
 
     await change_history(shared, backend, thread_id, body, is_deletion=True)
+
+
+async def delete_rows(session: Session, thread_id: str) -> None:
+    """Delete all that a thread stored."""
+    for statement in sql.DELETE_ROWS:
+        await session.execute(statement, {"thread": thread_id})
 
 
 async def delete_tenant(shared: Shared, backend: Backend, tenant: str) -> int:

@@ -9,6 +9,7 @@ over. Values that cannot be opened are left alone, and counted.
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, LiteralString
 
@@ -20,8 +21,8 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.compact import BlobKey, pack_stored
 from langgraph_vat._ops.history import flush_waiting
-from langgraph_vat._ops.shared import Known, Shared, recount
-from langgraph_vat._ops.threads import find
+from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.threads import find, recount_alone
 from langgraph_vat._ops.values import Unpacker, blob_place, write_place
 from langgraph_vat._records import Blob, Rewritten, Write
 from langgraph_vat._seal.codec import Codec
@@ -79,13 +80,13 @@ async def _thread(shared: Shared, backend: Backend, task: _Task) -> Rewritten:
                 if not rows or rows[0][1] != task.known.fence.generation:
                     return [], 0
                 found: tuple[list[Row], int] = await page(session, task, after)
-                await recount(shared, session, task.thread_id)
                 return found
 
             rows, rewritten = await backend.durable.transact(body)
             values, left = values + rewritten, left + len(rows) - rewritten
             is_more = len(rows) == _MOST_ROWS
             after = rows[-1][:places] if rows else after
+    await recount_alone(shared, backend, task.thread_id)
     if left:
         logger.warning("%d values of thread %r cannot be opened", left, task.thread_id)
     return Rewritten(1, values, left)
@@ -101,9 +102,9 @@ async def _blobs(session: Session, task: _Task, after: Sequence[Any]) -> tuple[l
     if task.is_compact:
         values: dict[BlobKey, tuple[str, bytes]] = {}
         for ns, channel, version, type_, data, *_ in rows:
-            place = blob_place(ns, channel, version)
-            if (opened := _opened(task.codec, type_, data, place)) is not None:
-                values[task.thread_id, ns, channel, version] = opened
+            key = task.thread_id, ns, channel, version
+            with suppress(SealError):
+                values[key] = task.codec.open(type_, data, *blob_place(*key[1:]))
         bases = {(task.thread_id, *row[:3]) for row in rows if row[-1]}
         packed = await pack_stored(session, task.codec, task.thread_id, values, bases)
         new = [(*key, *value.columns) for key, value in packed.items()]
@@ -127,16 +128,13 @@ async def _whole(
         for ns, channel, _, _, _, bases, _ in rows
         for base in bases or ()
     }
-    bases = await _read_bases(session, needed)
+    unpackers = await _unpackers(session, task, {row[0] for row in rows}, needed)
     found = {}
     for ns, channel, version, type_, data, builds_on, _ in rows:
-        unpacker = Unpacker(task.codec, ns, [blob for at, blob in bases if at == ns])
         blob = Blob(channel, version, type_, data, (builds_on or [""])[-1])
         place = blob_place(ns, channel, version)
-        try:
-            found[ns, channel, version] = task.codec.seal(*unpacker.blob(blob), *place)
-        except SealError:
-            continue
+        with suppress(SealError):
+            found[ns, channel, version] = task.codec.seal(*unpackers[ns].blob(blob), *place)
     return found
 
 
@@ -146,13 +144,12 @@ async def _writes(session: Session, task: _Task, after: Sequence[Any]) -> tuple[
     statement = sql.SELECT_LOOSE_WRITES if task.is_compact else sql.SELECT_PACKED_WRITES
     rows = await _page(session, task, statement, dict(zip(names, after, strict=True)))
     needed = {(task.thread_id, row[0], row[4], base) for row in rows for base in row[7] or ()}
-    bases = await _read_bases(session, needed)
+    unpackers = await _unpackers(session, task, {row[0] for row in rows}, needed)
     new = []
     for ns, checkpoint_id, task_id, idx, channel, type_, data, builds_on in rows:
-        unpacker = Unpacker(task.codec, ns, [blob for at, blob in bases if at == ns])
         write = Write(task_id, idx, "", channel, type_, data, (builds_on or [""])[-1])
         try:
-            value = unpacker.write(checkpoint_id, write)
+            value = unpackers[ns].write(checkpoint_id, write)
         except SealError:
             continue
         if task.is_compact:
@@ -173,19 +170,14 @@ async def _page(
     return await session.fetch(statement, params)
 
 
-async def _read_bases(session: Session, needed: set[BlobKey]) -> list[tuple[str, Blob]]:
-    """Return what values build on, with the namespace of each."""
-    if not needed:
-        return []
-    names = ("threads", "namespaces", "channels", "versions")
-    rows = await session.fetch(sql.SELECT_BLOBS, columns(sorted(needed), *names))
-    return [(ns, Blob(*columns_)) for _, ns, *columns_ in rows]
-
-
-def _opened(
-    codec: Codec, type_: str, data: bytes, place: Sequence[str]
-) -> tuple[str, bytes] | None:
-    try:
-        return codec.open(type_, data, *place)
-    except SealError:
-        return None
+async def _unpackers(
+    session: Session, task: _Task, namespaces: set[str], needed: set[BlobKey]
+) -> dict[str, Unpacker]:
+    """Return what opens the values of each namespace, with all that they build on."""
+    bases: dict[str, list[Blob]] = {ns: [] for ns in namespaces}
+    if needed:
+        names = ("threads", "namespaces", "channels", "versions")
+        rows = await session.fetch(sql.SELECT_BLOBS, columns(sorted(needed), *names))
+        for _, ns, *columns_ in rows:
+            bases[ns].append(Blob(*columns_))
+    return {ns: Unpacker(task.codec, ns, blobs) for ns, blobs in bases.items()}

@@ -18,7 +18,7 @@ import orjson
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.history import flush_waiting
-from langgraph_vat._ops.retention import keep
+from langgraph_vat._ops.retention import delete_rows, keep
 from langgraph_vat._ops.shared import Shared, recount
 from langgraph_vat._ops.threads import change_history
 from langgraph_vat._ops.tiers import change_row
@@ -68,25 +68,24 @@ async def sweep(
         rows = await backend.durable.fetch(sql.SELECT_DUE, {**params, "after": after})
         for due in [_Due(*row) for row in rows]:
             after = due.thread_id
-            with suppress(_LeftAloneError):
-                if not is_dry and await _is_used_by_others(shared, backend, due.thread_id):
-                    continue
+            try:
                 gone = await _sweep_one(shared, backend, due, params, is_dry=is_dry)
+            except _LeftAloneError:
+                await _note_others(shared, backend, due.thread_id)
+            else:
                 swept = Swept(*map(sum, zip(swept, gone, strict=True)))
         size = len(rows)
     return swept
 
 
-async def _is_used_by_others(shared: Shared, backend: Backend, thread_id: str) -> bool:
-    """Whether a thread has steps of savers that do not tell; it counts as used just now then."""
+async def _note_others(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Count a thread as used just now, if it has steps of savers that do not tell."""
 
-    async def body(session: Session) -> bool:
-        is_used = bool(await session.fetch(sql.TOUCH_STRANGER, {"thread": thread_id}))
-        if is_used:
+    async def body(session: Session) -> None:
+        if await session.fetch(sql.TOUCH_STRANGER, {"thread": thread_id}):
             await recount(shared, session, thread_id)
-        return is_used
 
-    return await backend.durable.transact(body)
+    await backend.durable.transact(body)
 
 
 async def _sweep_one(
@@ -103,8 +102,7 @@ async def _sweep_one(
         steps, size = (await session.fetch(sql.SELECT_SIZE, only))[0]
         gone = Swept(1, steps, size)
         if due.is_deletion:
-            for statement in sql.DELETE_ROWS:
-                await session.execute(statement, only)
+            await delete_rows(session, due.thread_id)
             return
         most = 1 if due.is_expired else due.keep_last or 1
         await keep(shared, session, due.thread_id, most)

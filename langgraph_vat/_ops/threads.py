@@ -96,12 +96,15 @@ async def _add(
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
     added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
     if not is_sealed:
-        await _recount(shared, backend, thread_id)
+        await recount_alone(shared, backend, thread_id)
     return added[0], added[1], added[2]
 
 
-async def _recount(shared: Shared, backend: Backend, thread_id: str) -> None:
+async def recount_alone(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Bring up to date what is told of a thread, in a transaction that changes nothing else."""
+
     async def body(session: Session) -> None:
+        await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})  # then count
         await recount(shared, session, thread_id)
 
     await backend.durable.transact(body)
