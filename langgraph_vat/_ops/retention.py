@@ -20,6 +20,7 @@ from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.history import flush_waiting
 from langgraph_vat._ops.shared import Shared, recount
 from langgraph_vat._ops.threads import change_history, find
+from langgraph_vat._ops.values import blob_place
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import InvalidInputError
@@ -180,7 +181,7 @@ async def _reseal(session: Session, thread_id: str, source: Codec, target: Codec
 
     only = {"thread": thread_id}
     blobs = [
-        (ns, channel, version, again(type_, data, "blob", ns, channel, version))
+        (ns, channel, version, again(type_, data, *blob_place(ns, channel, version)))
         for ns, channel, version, type_, data in await session.fetch(sql.SEALED_BLOBS, only)
     ]
     writes = [

@@ -63,7 +63,6 @@ async def setup_checkpoints(backend: Backend) -> None:
         return
 
     async def body(session: Session) -> None:
-        await session.execute(sql.LOCK_TIMEOUT)
         await session.execute(sql.LOCK)
         if await _is_current(session):
             return  # another process did it
@@ -182,8 +181,13 @@ async def migrate(
     backend: Backend, body: Callable[[Session], Awaitable[T]], blockers: LiteralString
 ) -> T:
     """Run what locks tables in a transaction; if a lock is not to be had, name its holders."""
+
+    async def limited(session: Session) -> T:
+        await session.execute(sql.LOCK_TIMEOUT)
+        return await body(session)
+
     try:
-        return await backend.durable.transact(body)
+        return await backend.durable.transact(limited)
     except LockTimeoutError as error:
         holders = [
             f"{name} (pid {pid}, {state})"

@@ -28,7 +28,6 @@ async def setup_items(
     if await damages(backend.durable, tables):
 
         async def body(session: Session) -> None:
-            await session.execute(schema.LOCK_TIMEOUT)
             await session.execute(schema.LOCK)
             for statement in sql.SCHEMA:
                 await session.execute(statement)

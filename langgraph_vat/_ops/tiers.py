@@ -261,7 +261,6 @@ async def _claim(shared: Shared, backend: Backend, runs: str, *, is_asked: bool)
     }
 
     async def body(session: Session) -> str | None:
-        await session.execute(schema.LOCK_TIMEOUT)
         await session.execute(sql.LOCK_STATE)
         await session.execute(sql.LOCK_TABLES)
         await session.execute(sql.CLAIM_HOT_TIER, ours)
