@@ -436,8 +436,8 @@ def test_a_thread_left_closed_by_a_dead_process_opens_again(process, client):
     config = put(saver, None, 1)
     meta = saver._shared.keys.meta("t")
     fence = client.hget(meta, "f")
-    dirty = saver._shared.keys.dirty("t")
-    client.eval(scripts.CLOSE.source, 2, meta, dirty, fence, "t")
+    journal, dirty = saver._shared.keys.journal("t"), saver._shared.keys.dirty("t")
+    client.eval(scripts.CLOSE.source, 3, meta, journal, dirty, fence, "t")
     put(saver, config, 2)
     assert values(process()) == [2, 1]
 
@@ -446,7 +446,8 @@ def test_a_thread_left_closed_is_opened_though_nobody_comes_by(process, client):
     saver, other = process(), process(flush_after=0.01)
     put(saver, None, 1)
     meta, dirty = saver._shared.keys.meta("t"), saver._shared.keys.dirty("t")
-    client.eval(scripts.CLOSE.source, 2, meta, dirty, client.hget(meta, "f"), "t")
+    three = meta, saver._shared.keys.journal("t"), dirty
+    client.eval(scripts.CLOSE.source, 3, *three, client.hget(meta, "f"), "t")
     kill(saver)
     time.sleep(0.02)
     other._life._round()

@@ -73,6 +73,9 @@ TOUCH_THREADS: LiteralString = """
 UPDATE vat_threads SET updated_at = now() WHERE thread_id = ANY(%(threads)s) RETURNING thread_id
 """
 
+# As flushes counted them, which is about right, or a recount.
+SELECT_SIZE: LiteralString = "SELECT steps, bytes FROM vat_threads WHERE thread_id = %(thread)s"
+
 _COUNTED: LiteralString = """
 (SELECT count(*) FROM checkpoints c WHERE c.thread_id = t.thread_id),
 coalesce((
@@ -87,10 +90,6 @@ coalesce((
     SELECT sum(octet_length(w.blob)) FROM checkpoint_writes w WHERE w.thread_id = t.thread_id
 ), 0)
 """
-
-SELECT_SIZE: LiteralString = (
-    "SELECT" + _COUNTED + "FROM (VALUES (%(thread)s::text)) AS t (thread_id)"
-)
 
 # After rows came or went otherwise than by a flush.
 RECOUNT_THREADS: LiteralString = (
@@ -412,7 +411,8 @@ AND c.checkpoint_id = %(checkpoint)s
 # One page of a list, newest first. Each absent condition is a null. Equal ids
 # in several threads or namespaces (copies) are ordered by those. A scoped view
 # sees the thread ids with its prefix; the unscoped one, those without any tenant's.
-# Containing is what an index finds; being equal is asked of what it found.
+# Containing is what an index finds; being equal is asked of what it found. Without
+# a filter both fall away before the planner would take them for rare.
 _PAGE: LiteralString = """
 WHERE (%(thread)s::text IS NULL OR c.thread_id = %(thread)s)
 AND starts_with(c.thread_id, %(prefix)s) = %(scoped)s
@@ -422,11 +422,10 @@ AND (%(before)s::text IS NULL OR c.checkpoint_id < %(before)s)
 AND (%(after_id)s::text IS NULL
      OR (c.checkpoint_id, c.thread_id, c.checkpoint_ns)
         < (%(after_id)s, %(after_thread)s, %(after_namespace)s))
-AND c.metadata @> jsonb_strip_nulls(%(filter)s::jsonb)
-AND NOT EXISTS (
+AND (%(filter)s::jsonb = '{}' OR c.metadata @> jsonb_strip_nulls(%(filter)s::jsonb) AND NOT EXISTS (
     SELECT FROM jsonb_each(%(filter)s::jsonb) AS f
     WHERE coalesce(c.metadata -> f.key, 'null') <> f.value
-)
+))
 ORDER BY c.checkpoint_id DESC, c.thread_id DESC, c.checkpoint_ns DESC
 LIMIT %(limit)s
 """
@@ -603,7 +602,8 @@ WHERE b.thread_id = %(thread)s AND NOT EXISTS (
 # A thread's own policy stands for the saver's. What a sweep had to leave is no reason for
 # another one, unless that keeps fewer.
 _DUE: LiteralString = """
-SELECT t.thread_id, x.is_expired, p.policy ->> 'strategy', (p.policy ->> 'keep_last')::bigint
+SELECT t.thread_id, x.is_expired, p.policy ->> 'strategy', (p.policy ->> 'keep_last')::bigint,
+    t.steps, t.bytes
 FROM vat_threads t
 CROSS JOIN LATERAL (SELECT coalesce(t.retention, %(policy)s::jsonb)) AS p (policy)
 CROSS JOIN LATERAL (SELECT coalesce(greatest(

@@ -5,10 +5,12 @@ The type tag says what was done, after what the serializer said:
 
 =============  ==========================================================
 ``+vat.zstd``  one Zstandard frame (RFC 8878)
-``+vat.patch`` 16 bytes BLAKE2b of the value; how many bytes at its begin are
-               the value's, too, how many after them are not used, and how
-               many at its end are the value's, too, 8 bytes each; then a frame
-               of the rest, with the rest of the base as raw-content dictionary
+``+vat.patch`` 16 bytes BLAKE2b of the value; from where on the base is the frame's
+               dictionary, and how many bytes at the base's end are the value's, 8
+               bytes each; 1 byte, how many runs there are, and of each how many
+               bytes the base has at the same place, 8 bytes, and how many after
+               them it has not, 1 byte; then a frame of what is not the base's:
+               the bytes after each run, and all between the last and the end
 =============  ==========================================================
 
 Patches are not chained one after another: the value at position p of a line
@@ -20,7 +22,7 @@ items log2(p)/2 times on average instead of p/2 times.
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import zstandard
@@ -37,7 +39,12 @@ _LEVEL = 3
 # The longest line of patches; then a value is stored whole again.
 _LONGEST = 256
 _DIGEST_BYTES = 16
-_HEADER = struct.Struct(f">{_DIGEST_BYTES}sQQQ")
+_HEADER = struct.Struct(f">{_DIGEST_BYTES}sQQB")
+_RUN = struct.Struct(">QB")
+# A count or a date changes so few bytes, and then so many are as before.
+_MOST_RUNS = 16
+_MOST_BETWEEN = 16
+_AGAIN = 32
 # A dictionary must have some bytes, and in a very large one Zstandard finds little.
 _MIN_KNOWN = 64
 _MOST_KNOWN = 3 * 2**18
@@ -81,37 +88,64 @@ def pack(type_: str, data: bytes, base: bytes | None = None) -> tuple[str, bytes
 
 
 def _patch(data: bytes, base: bytes) -> bytes:
-    begin = _common_begin(data, base)
-    end = _common_end(data[begin:], base[begin:])
-    rest, known = data[begin : len(data) - end], base[begin : len(base) - end]
-    # What grows does so at its end, and a dictionary costs as much as it is long.
-    unused = max(
-        0, len(known) - max(_KNOWN_TIMES * len(rest), _LEAST_KNOWN), len(known) - _MOST_KNOWN
+    runs, new, at = _runs(data, base)
+    end = _common_end(data, base, at)
+    rest = b"".join((*new, data[at : len(data) - end]))
+    # What is new resembles what stands before it; a dictionary costs as much as it is long.
+    stop = len(base) - end
+    known = max(0, stop - min(max(_KNOWN_TIMES * len(rest), _LEAST_KNOWN), _MOST_KNOWN))
+    header = _HEADER.pack(_digest(data), known, end, len(runs))
+    frame = _compressor(rest, base[known:stop]).compress(rest)
+    return b"".join((header, *(_RUN.pack(*run) for run in runs), frame))
+
+
+def _runs(data: bytes, base: bytes) -> tuple[list[tuple[int, int]], list[bytes], int]:
+    """Return the runs that a value begins with, what is new after each, and where they end."""
+    runs, new, at = [], [], 0
+    for _ in range(_MOST_RUNS):
+        same = _common_begin(data, base, at)
+        at += same
+        between = _between(data, base, at)
+        runs.append((same, between))
+        new.append(data[at : at + between])
+        at += between
+        if not between:
+            break
+    return runs, new, at
+
+
+def _between(data: bytes, base: bytes, at: int) -> int:
+    """Return after how few bytes two values are equal again; 0 if they are not."""
+    for count in range(1, _MOST_BETWEEN + 1):
+        again = data[at + count : at + count + _AGAIN]
+        if len(again) == _AGAIN and again == base[at + count : at + count + _AGAIN]:
+            return count
+    return 0
+
+
+def _common_begin(left: bytes, right: bytes, at: int) -> int:
+    """Return how many bytes from `at` on are equal."""
+    most = min(len(left), len(right)) - at
+    return _equal(most, lambda low, high: left[at + low : at + high] == right[at + low : at + high])
+
+
+def _common_end(left: bytes, right: bytes, at: int) -> int:
+    """Return how many last bytes are equal, of those from `at` on."""
+    most, one, other = min(len(left), len(right)) - at, len(left), len(right)
+    return _equal(
+        most, lambda low, high: left[one - high : one - low] == right[other - high : other - low]
     )
-    header = _HEADER.pack(_digest(data), begin, unused, end)
-    return header + _compressor(rest, known[unused:]).compress(rest)
 
 
-def _common_begin(left: bytes, right: bytes) -> int:
-    """Return how many first bytes of two values are equal: halving, as comparing is memcmp."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
+def _equal(most: int, is_equal: Callable[[int, int], bool]) -> int:
+    """Return how many bytes are equal, at most: in steps that double and halve, each a memcmp."""
+    low, step = 0, 64
+    while low < most:
+        high = min(low + step, most)
+        if is_equal(low, high):
+            low, step = high, 2 * step
         else:
-            high = middle - 1
-    return low
-
-
-def _common_end(left: bytes, right: bytes) -> int:
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[-middle : len(left) - low] == right[-middle : len(right) - low]:
-            low = middle
-        else:
-            high = middle - 1
+            most, step = high - 1, max((high - low) // 2, 1)
     return low
 
 
@@ -151,12 +185,20 @@ def unpack(
 
 
 def _apply(patch: bytes, base: bytes | None, *, is_base: bool) -> bytes:
-    if base is None or len(patch) < _HEADER.size:
+    if base is None:
         raise damaged()
-    digest, begin, unused, end = _HEADER.unpack_from(patch)
-    known = base[begin + unused : len(base) - end]
-    rest = _decompressed(patch[_HEADER.size :], known)
-    value = b"".join((base[:begin], rest, base[len(base) - end :]))
+    try:
+        digest, known, end, count = _HEADER.unpack_from(patch)
+        at = _HEADER.size + count * _RUN.size
+        runs = list(_RUN.iter_unpack(patch[_HEADER.size : at]))
+    except struct.error:
+        raise damaged() from None
+    rest = _decompressed(patch[at:], base[known : len(base) - end])
+    parts, old, new = list[bytes](), 0, 0
+    for same, between in runs:
+        parts += base[old : old + same], rest[new : new + between]
+        old, new = old + same + between, new + between
+    value = b"".join((*parts, rest[new:], base[len(base) - end :]))
     if not is_base and digest != _digest(value):
         raise damaged()
     return value

@@ -14,6 +14,7 @@ that build on it; it stays in the journal.
 
 import logging
 from collections.abc import Awaitable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -230,9 +231,7 @@ async def _flush_some(
     for batch in batches:
         shared.counters.flushes += bool(batch.entries)
         shared.counters.flushed_steps += sum(isinstance(e, PutEntry) for e in batch.entries)
-        if hot is not None:
-            await _trim(shared, backend, hot, batch)
-        _drop(shared, batch)
+        await _finish(shared, backend, hot, batch)
         shared.quarantine.pop(batch.thread_id, None)
     held = sum(len(batch.held) for batch in batches)
     return held + (
@@ -286,17 +285,18 @@ async def _existing(session: Session, thread_ids: Sequence[str]) -> set[str]:
 
 
 async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
-    copies = shared.copies.of(thread_id)
+    own = {entry.uid: entry for entry in shared.copies.of(thread_id)}
     if hot is None:
-        return _Batch(thread_id, [], copies)
+        return _Batch(thread_id, [], list(own.values()))
     # What this process has need not travel again.
-    own = {entry.uid: entry for entry in copies}
     raw = await hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], list(own))
     journal = [
         (entry_id, own[fields[1]] if len(fields) == 2 else parse_entry(fields))  # noqa: PLR2004
         for entry_id, fields in raw
     ]
-    return _Batch(thread_id, journal, copies)
+    # A flush that just ended has dropped what it took out of the journal.
+    left = [entry for entry in shared.copies.of(thread_id) if entry.uid in own]
+    return _Batch(thread_id, journal, left)
 
 
 async def _write(
@@ -574,30 +574,44 @@ async def _insert_writes(
     return firsts + lasts
 
 
-async def _trim(shared: Shared, backend: Backend, hot: Hot, batch: _Batch) -> None:
+async def _finish(shared: Shared, backend: Backend, hot: Hot | None, batch: _Batch) -> None:
     """
-    Take out of Redis what Postgres has now, and heads that it has overtaken.
+    Let go of what Postgres has now: heads that it has overtaken, then copies, then the journal.
 
-    If entries cannot be trimmed the next flush does it. If heads cannot be
-    voided, the epoch in which they are served has to end.
+    In this order no flush beside this one finds an entry that was in the
+    journal among the copies only, and takes it for one that Redis lost.
     """
-    keys, thread_id = shared.keys, batch.thread_id
-    done = [(entry_id, e) for entry_id, e in batch.journal if e.uid not in batch.held]
+    if hot is not None:
+        await _void(shared, backend, hot, batch)
+    _drop(shared, batch)
+    if hot is not None:
+        await _trim(shared, hot, batch)
+
+
+async def _void(shared: Shared, backend: Backend, hot: Hot, batch: _Batch) -> None:
+    """Have no head served that lacks what came past Redis; or end the epoch in which it is."""
     past = {entry.checkpoint_ns for entry in batch.only_copies}
-    meta, journal = keys.meta(thread_id), keys.journal(thread_id)
+    if not past:
+        return
+    heads = [shared.keys.head(batch.thread_id, ns) for ns in sorted(past)]
     try:
-        if past:
-            heads = [keys.head(thread_id, ns) for ns in sorted(past)]
-            await hot.script(scripts.VOID, [meta, *heads], [])
-        if done or not batch.journal:  # one that was evicted leaves its thread's name
-            steps = [entry_id for entry_id, entry in done if isinstance(entry, PutEntry)]
-            others = [entry_id for entry_id, entry in done if not isinstance(entry, PutEntry)]
-            ttl = shared.settings.head_ttl_s
-            args: list[Arg] = [thread_id, ttl, len(steps), *steps, *others]
-            await hot.script(scripts.TRIM, [meta, journal, keys.dirty(thread_id)], args)
+        await hot.script(scripts.VOID, [shared.keys.meta(batch.thread_id), *heads], [])
     except HotTierError:
-        if past:
-            await degrade(shared, backend)
+        await degrade(shared, backend)
+
+
+async def _trim(shared: Shared, hot: Hot, batch: _Batch) -> None:
+    """Take out of the journal what Postgres has now; if that fails the next flush does it."""
+    done = [(entry_id, e) for entry_id, e in batch.journal if e.uid not in batch.held]
+    if batch.journal and not done:
+        return  # an empty one that was evicted leaves its thread's name
+    keys, thread_id = shared.keys, batch.thread_id
+    steps = [entry_id for entry_id, entry in done if isinstance(entry, PutEntry)]
+    others = [entry_id for entry_id, entry in done if not isinstance(entry, PutEntry)]
+    three = [keys.meta(thread_id), keys.journal(thread_id), keys.dirty(thread_id)]
+    args: list[Arg] = [thread_id, shared.settings.head_ttl_s, len(steps), *steps, *others]
+    with suppress(HotTierError):
+        await hot.script(scripts.TRIM, three, args)
 
 
 def _drop(shared: Shared, batch: _Batch) -> None:

@@ -386,10 +386,11 @@ async def _acknowledge(
     if steps is None:
         return
     every = shared.flush_every
-    is_urgent = isinstance(entry, WritesEntry) and any(
-        write.channel in (ERROR, INTERRUPT) for write in entry.writes
-    )
-    if every > 1 and (shared.is_durable_away or (steps < every and not is_urgent)):
+    if isinstance(entry, PutEntry):
+        is_due = steps >= every
+    else:  # a step that is due is flushed by whoever took it
+        is_due = any(write.channel in (ERROR, INTERRUPT) for write in entry.writes)
+    if every > 1 and (shared.is_durable_away or not is_due):
         return
     try:
         await flush(shared, backend, [thread_id])

@@ -66,7 +66,7 @@ async def sweep(
     after, size, swept = "", _PAGE, Swept(0, 0, 0)
     while size == _PAGE:
         rows = await backend.durable.fetch(sql.SELECT_DUE, {**params, "after": after})
-        for due in [_Due(*row) for row in rows]:
+        for due in [_Due(*row[:4]) for row in rows]:
             after = due.thread_id
             try:
                 gone = await _sweep_one(shared, backend, due, params, is_dry=is_dry)
@@ -97,18 +97,19 @@ async def _sweep_one(
     async def body(session: Session, _: Fence | None) -> None:
         nonlocal gone
         rows = await session.fetch(sql.IS_DUE, only)
-        if not rows or _Due(*rows[0]) != due:
+        if not rows or _Due(*rows[0][:4]) != due:
             raise _LeftAloneError
-        steps, size = (await session.fetch(sql.SELECT_SIZE, only))[0]
-        gone = Swept(1, steps, size)
         if due.is_deletion:
+            gone = Swept(1, *rows[0][4:])
             await delete_rows(session, due.thread_id)
             return
+        await recount(shared, session, due.thread_id)
+        before = (await session.fetch(sql.SELECT_SIZE, only))[0]
         most = 1 if due.is_expired else due.keep_last or 1
         await keep(shared, session, due.thread_id, most)
         await session.execute(sql.NOTE_KEPT, {**only, "most": most})
-        steps, size = (await session.fetch(sql.SELECT_SIZE, only))[0]
-        gone = Swept(1, gone.checkpoints - steps, gone.bytes - size)
+        after = (await session.fetch(sql.SELECT_SIZE, only))[0]
+        gone = Swept(1, before[0] - after[0], before[1] - after[1])
 
     async def look(session: Session) -> None:
         await session.fetch(sql.LOCK_THREADS, {"threads": [due.thread_id]})

@@ -335,11 +335,11 @@ async def _change(
     is_flushed: bool,
 ) -> bool:
     """Change a thread that is at `fence`; return False where it is no longer."""
-    hot = await _close(shared, backend, thread_id, fence)
+    hot, waiting = await _close(shared, backend, thread_id, fence)
     is_past = hot is None and backend.hot is not None
     done = False
     try:
-        if is_flushed:
+        if is_flushed and (waiting or shared.copies.of(thread_id)):
             await flush(shared, backend, [thread_id])
         done = await _under_lock(
             shared, backend, thread_id, fence, body, is_deletion=is_deletion, is_past=is_past
@@ -365,18 +365,21 @@ def _forget_deleted(shared: Shared, thread_id: str, fence: Fence) -> None:
     shared.threads.set(thread_id, None)
 
 
-async def _close(shared: Shared, backend: Backend, thread_id: str, fence: Fence) -> Hot | None:
-    """Close a thread in Redis; return None where there is no Redis to be heeded."""
+async def _close(
+    shared: Shared, backend: Backend, thread_id: str, fence: Fence
+) -> tuple[Hot | None, int]:
+    """Close a thread in Redis, if there is one to be heeded; return how many entries wait there."""
     hot = await hot_to_write(shared, backend)
     if hot is None:
-        return None
+        return None, 0
+    keys = shared.keys
+    three = [keys.meta(thread_id), keys.journal(thread_id), keys.dirty(thread_id)]
     try:
-        pair = [shared.keys.meta(thread_id), shared.keys.dirty(thread_id)]
-        await hot.script(scripts.CLOSE, pair, [fence.text, thread_id])
+        reply = await hot.script(scripts.CLOSE, three, [fence.text, thread_id])
     except HotTierError:
         await degrade(shared, backend)
-        return None
-    return hot
+        return None, 0
+    return hot, reply[1]
 
 
 async def _under_lock(
