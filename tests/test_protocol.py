@@ -1010,3 +1010,24 @@ def test_a_flush_that_comes_late_does_not_put_off_the_next(process, postgres_url
     config = saver.get_tuple(at()).config
     put(saver, put(saver, config, 7), 8)
     assert rows(postgres_url) == 3 + 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_flush_beside_another_takes_nothing_for_lost(process, client, when):
+    saver = process(flush_every=4)
+    backend = saver._life.connections.blocking()
+
+    async def script(name: Any, keys: Any, args: Any) -> Any:
+        if name is not scripts.TRIM:
+            return await backend.hot.script(name, keys, args)
+        reply = await backend.hot.script(name, keys, args) if when == "after" else None
+        await flush(saver._shared, backend, ["t"])  # before the first one has ended
+        return reply or await backend.hot.script(name, keys, args)
+
+    put(saver, put(saver, None, 1), 2)
+    hot = SimpleNamespace(script=script, read_each=backend.hot.read_each)
+    drive(flush(saver._shared, SimpleNamespace(durable=backend.durable, hot=hot), ["t"]))
+    assert client.exists(saver._shared.keys.head("t", ""))
+    misses = saver.stats.misses
+    assert newest(saver) == 2
+    assert saver.stats.misses == misses
