@@ -1031,3 +1031,30 @@ def test_a_flush_beside_another_takes_nothing_for_lost(process, client, when):
     misses = saver.stats.misses
     assert newest(saver) == 2
     assert saver.stats.misses == misses
+
+
+def test_a_flush_that_read_the_copies_before_another_dropped_them(process, client, monkeypatch):
+    saver = process(flush_every=4)
+    backend, copies = saver._life.connections.blocking(), saver._shared.copies
+    dropping, dropped = copies.drop, threading.Event()
+
+    async def script(name: Any, keys: Any, args: Any) -> Any:
+        if name is scripts.JOURNAL:  # the other one ends just now
+            dropping("t", [entry.uid for entry in copies.of("t")])
+            client.xtrim(saver._shared.keys.journal("t"), maxlen=0)
+        return await backend.hot.script(name, keys, args)
+
+    def drop(thread_id: str, uids: Any) -> None:
+        if not dropped.is_set():
+            dropped.set()
+            hot = SimpleNamespace(script=script, read_each=backend.hot.read_each)
+            beside = SimpleNamespace(durable=backend.durable, hot=hot)
+            drive(flush(saver._shared, beside, ["t"]))
+        dropping(thread_id, uids)
+
+    put(saver, put(saver, None, 1), 2)
+    monkeypatch.setattr(copies, "drop", drop)
+    saver.flush()
+    assert dropped.is_set()
+    assert client.exists(saver._shared.keys.head("t", ""))
+    assert newest(saver) == 2
