@@ -57,7 +57,9 @@ class Blob(NamedTuple):
     type: str
     data: bytes | None
     base: str = ""
-    """The version that it builds on, if Postgres keeps it as a patch."""
+    """The version that it builds on, if it is a patch."""
+    mark: bytes = b""
+    """What a head knows a large value by; or the one that a patch is made for."""
 
 
 class Write(NamedTuple):

@@ -267,7 +267,7 @@ CROSS JOIN LATERAL (
     AND (b.version < n.first OR NOT %(is_stored)s) ORDER BY b.version DESC LIMIT 1
 ) AS b
 UNION ALL
-SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, 0,
+SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, coalesce(b.vat_step, 0),
     coalesce(b.vat_bases, '{}')
 FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
             %(versions)s::text[]) AS n (thread_id, checkpoint_ns, channel, version)

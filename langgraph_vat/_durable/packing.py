@@ -50,6 +50,7 @@ _MIN_KNOWN = 64
 _MOST_KNOWN = 3 * 2**18
 _LEAST_KNOWN = 2**16
 _KNOWN_TIMES = 64
+_FEW = 16
 # Larger than any value that Postgres can hold in a row.
 _MOST = 2**30
 
@@ -85,6 +86,12 @@ def pack(type_: str, data: bytes, base: bytes | None = None) -> tuple[str, bytes
     if len(frame) < len(data):
         return type_ + ZSTD, frame
     return type_, data
+
+
+def patch(type_: str, data: bytes, base: bytes) -> tuple[str, bytes] | None:
+    """Return a value as a patch, if that is small enough to be sent again and again as it grows."""
+    made = _patch(data, base)
+    return (type_ + PATCH, made) if _FEW * len(made) <= len(data) else None
 
 
 def _patch(data: bytes, base: bytes) -> bytes:

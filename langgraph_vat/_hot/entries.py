@@ -15,6 +15,9 @@ twice. Fields:
 ``q`` ``d``           packed `kept` and `needs`
 ``n:CHANNEL``         version of a channel
 ``b:CHANNEL``         its value: type, NUL, bytes; nothing where it is empty
+``m:CHANNEL``         a random mark of that value; nothing of a small one
+``a:CHANNEL``         packed: version, base, type and bytes of a patch; in a head it
+                      counts if the version is the channel's: then ``b:`` is the base
 ``w:LEN:ID:…``        a write with idx >= 0 (the first stays)
 ``x:LEN:ID:…``        a write with idx < 0 (the last stays)
 ``o``                 packed: the pairs of an entry that is big or has many
@@ -32,6 +35,7 @@ from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot,
 
 Pairs = list[bytes]
 
+_NO_PATCH = ormsgpack.packb((None, "", "", None))
 # Fields of a sparse head, beside the versions.
 _SPARSE = frozenset((b"i", b"p", b"l"))
 
@@ -65,6 +69,16 @@ def needs_pairs(entry: PutEntry) -> Pairs:
     """Return the head fields that a delta relies on."""
     return [
         part for channel, version in entry.needs for part in (_version(channel), version.encode())
+    ]
+
+
+def mark_pairs(entry: PutEntry) -> Pairs:
+    """Return the head fields that its patches rely on."""
+    return [
+        part
+        for blob in entry.blobs
+        if blob.base
+        for part in (b"m:" + blob.channel.encode(), blob.mark)
     ]
 
 
@@ -108,13 +122,15 @@ def parse_entry(fields: Sequence[bytes]) -> Entry:
     if found[b"k"] == b"writes":
         epoch = int(found[b"e"])
         return WritesEntry(**where, epoch=epoch, writes=_parse_writes(found))
+    blobs = _parse_blobs(found)
+    needs = [(channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])]
     return PutEntry(
         **where,
         parent_id=found[b"p"].decode(),
         core=unpack_core(found[b"c"]),
-        blobs=_parse_blobs(found),
+        blobs=blobs,
         kept=frozenset(ormsgpack.unpackb(found[b"q"])),
-        needs=tuple((channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])),
+        needs=(*needs, *((blob.channel, blob.base) for blob in blobs if blob.base)),
     )
 
 
@@ -141,6 +157,13 @@ class Head:
         return _parse_blobs(self._fields)
 
     @property
+    def bases(self) -> tuple[Blob, ...]:
+        """The values that those of them build on that are patches."""
+        return tuple(
+            _parse_whole(self._fields, blob.channel, blob.base) for blob in self.blobs if blob.base
+        )
+
+    @property
     def writes(self) -> tuple[Write, ...]:
         """The pending writes of this checkpoint; early writes of a later one are left out."""
         mine = _write_prefix(self.checkpoint_id)
@@ -158,18 +181,33 @@ def _version(channel: str) -> bytes:
 def _blob_pairs(blobs: Iterable[Blob]) -> Iterable[bytes]:
     for blob in blobs:
         channel = blob.channel.encode()
-        value = b"" if blob.data is None else blob.type.encode() + b"\0" + blob.data
-        yield from (b"n:" + channel, blob.version.encode(), b"b:" + channel, value)
+        yield from (b"n:" + channel, blob.version.encode())
+        if blob.base:
+            patch = ormsgpack.packb((blob.version, blob.base, blob.type, blob.data))
+            yield from (b"a:" + channel, patch)
+        else:
+            value = b"" if blob.data is None else blob.type.encode() + b"\0" + blob.data
+            yield from (b"b:" + channel, value, b"m:" + channel, blob.mark)
 
 
 def _parse_blobs(found: dict[bytes, bytes]) -> tuple[Blob, ...]:
-    blobs = []
-    for field, version in found.items():
-        if field.startswith(b"n:"):
-            type_, separator, data = found[b"b:" + field[2:]].partition(b"\0")
-            value = data if separator else None
-            blobs.append(Blob(field[2:].decode(), version.decode(), type_.decode(), value))
-    return tuple(blobs)
+    return tuple(
+        _parse_patch(found, field[2:].decode(), version.decode())
+        or _parse_whole(found, field[2:].decode(), version.decode())
+        for field, version in found.items()
+        if field.startswith(b"n:")
+    )
+
+
+def _parse_patch(found: dict[bytes, bytes], channel: str, version: str) -> Blob | None:
+    """Return the patch that leads to a version, if there is one."""
+    found_, base, type_, data = ormsgpack.unpackb(found.get(b"a:" + channel.encode(), _NO_PATCH))
+    return Blob(channel, version, type_, data, base) if found_ == version else None
+
+
+def _parse_whole(found: dict[bytes, bytes], channel: str, version: str) -> Blob:
+    type_, separator, data = found[b"b:" + channel.encode()].partition(b"\0")
+    return Blob(channel, version, type_.decode(), data if separator else None)
 
 
 def _write_prefix(checkpoint_id: str) -> bytes:

@@ -8,6 +8,8 @@ reason to take a longer way and try again:
 =========  ==================================================================
 `whole`    the entry does not extend the head (a fork, a gap): make sure of its
            parent, and send all values
+`base`     the head holds other large values than this process knows: send them
+           whole
 `open`     Redis does not know the thread, or its head: fill from Postgres
 `closing`  the thread's history is being changed: wait
 `stale`    the thread has another fence: learn it, or refuse a late write
@@ -32,6 +34,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import (
     Head,
+    mark_pairs,
     needs_pairs,
     pack_core,
     packed,
@@ -41,11 +44,13 @@ from langgraph_vat._hot.entries import (
 )
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.flush import commit, flush
+from langgraph_vat._ops.patches import patched
 from langgraph_vat._ops.shared import Known, Shared, now
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
 from langgraph_vat._records import Entry, Fence, PutEntry, Snapshot, WritesEntry
+from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import (
     ConflictError,
     QuarantinedError,
@@ -107,10 +112,11 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
     _warn_of_clock(shared, new)
     await _make_room(shared, backend, new.thread_id)
     known = await _known_to_put(shared, backend, new)
-    mode, opened = "delta", 0
+    mode, opened, is_patched = "delta", 0, True
     for _ in range(_ROUNDS):
+        codec = known.codec(serde, new.thread_id)
         entry = encode_put(
-            known.codec(serde, new.thread_id),
+            codec,
             known.fence,
             checkpoint_ns=new.checkpoint_ns,
             parent_id=new.parent_id,
@@ -120,11 +126,13 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
             is_whole=mode != "delta",
             shown_keys=shared.settings.thread_metadata,
         )
-        answer, detail = await _send(shared, backend, new.thread_id, entry, _put_call(entry, mode))
+        call = _put_call(codec, entry, mode, is_patched=is_patched)
+        answer, detail = await _send(shared, backend, new.thread_id, entry, call)
         if answer == b"ok":
             return await _acknowledge(shared, backend, new.thread_id, entry, detail)
         if answer == b"conflict":
             raise _conflict(new)
+        is_patched = False
         if answer == b"whole":
             await _require_parent(shared, backend, new)
             mode = "whole"
@@ -276,6 +284,7 @@ def _snapshot(thread_id: str, checkpoint_ns: str, head: Head) -> Snapshot | None
         inline={},
         blobs=tuple(found.values()),
         writes=head.writes,
+        bases=head.bases,
     )
 
 
@@ -309,10 +318,11 @@ async def _read_durable(
 Call = Callable[[Shared, Hot, str], Awaitable[Any]]
 
 
-def _put_call(entry: PutEntry, mode: str) -> Call:
+def _put_call(codec: Codec, entry: PutEntry, mode: str, *, is_patched: bool) -> Call:
     async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
-        needs = needs_pairs(entry)
-        own, both = put_pairs(entry)
+        sent, whole = patched(shared, codec, thread_id, entry, is_patched=is_patched)
+        needs, marks = needs_pairs(sent), mark_pairs(sent)
+        own, both = put_pairs(sent)
         core = pack_core(entry.core)
         is_big = _is_big(shared, core, *both)
         if is_big:
@@ -320,9 +330,15 @@ def _put_call(entry: PutEntry, mode: str) -> Call:
         args: list[Arg] = [
             thread_id, entry.fence.text, shared.epoch, mode, shared.settings.head_ttl_s,
             entry.checkpoint_id, entry.parent_id, core, int(is_big),
-            int(shared.settings.on_conflict == "raise"), len(needs), len(own), *needs, *own, *both,
+            int(shared.settings.on_conflict == "raise"), len(needs), len(marks), len(own),
+            *needs, *marks, *own, *both,
         ]  # fmt: skip
-        return await hot.script(scripts.PUT, _keys(shared, thread_id, entry), args)
+        reply = await hot.script(scripts.PUT, _keys(shared, thread_id, entry), args)
+        if reply[0] == b"ok" and reply[3]:
+            shared.bases.learn(thread_id, entry.checkpoint_ns, whole)
+        else:
+            shared.bases.forget(thread_id)
+        return reply
 
     return call
 

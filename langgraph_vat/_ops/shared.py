@@ -14,6 +14,7 @@ from typing import NamedTuple
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._hot.bases import Bases
 from langgraph_vat._hot.copies import Copies
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.forks import renew_after_fork
@@ -122,6 +123,7 @@ class Shared:
     keyring: Keyring | None
     keys: Keys
     copies: Copies = field(default_factory=Copies)
+    bases: Bases = field(default_factory=Bases)
     threads: KnownThreads = field(default_factory=KnownThreads)
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)

@@ -362,6 +362,7 @@ async def _change(
 def _forget_deleted(shared: Shared, thread_id: str, fence: Fence) -> None:
     dead = [e for e in shared.copies.of(thread_id) if e.fence.generation == fence.generation]
     shared.copies.drop(thread_id, [entry.uid for entry in dead])
+    shared.bases.forget(thread_id)
     shared.threads.set(thread_id, None)
 
 

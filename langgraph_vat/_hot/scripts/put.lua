@@ -1,15 +1,17 @@
 -- Store a checkpoint: journal and head change together.
 -- KEYS  meta, head, journal, dirty
 -- ARGV  thread, fence, epoch, mode, ttl, id, parent, core, 1 if big,
---       1 to refuse a fork, 2 x needs, 2 x journal-only fields, then those fields and the shared ones;
+--       1 to refuse a fork, 2 x needs, 2 x marks, 2 x journal-only fields, then those and the shared
+--       fields;
 --       of a big entry the journal-only fields hold all, the shared ones the versions
 -- mode  delta: only the changed channels; whole: all of them; headless: journal only
 local meta, head, journal, dirty = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local thread, fence, epoch, mode, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local id, parent, core, big = ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1'
-local needs = 13
-local own = needs + tonumber(ARGV[11])
-local shared = own + tonumber(ARGV[12])
+local needs = 14
+local marks = needs + tonumber(ARGV[11])
+local own = marks + tonumber(ARGV[12])
+local shared = own + tonumber(ARGV[13])
 
 local stop = obstacle(meta, fence, epoch)
 if stop and not (mode == 'headless' and stop[1] == 'open') then return stop end
@@ -28,7 +30,9 @@ if mode ~= 'headless' then
   if mode == 'delta' then
     if current ~= parent or state[3] then return {'whole'} end
     for at = needs, own - 1, 2 do
-      if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then return {'whole'} end
+      if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then
+        return {at < marks and 'whole' or 'base'}
+      end
     end
   end
 end
@@ -61,4 +65,5 @@ elseif newest then
   if sparse then make_sparse(head) end
   redis.call('EXPIRE', head, ttl)
 end
-return {'ok', entry, redis.call('HINCRBY', meta, 'n', 1)}
+-- Last, whether the head has the values now.
+return {'ok', entry, redis.call('HINCRBY', meta, 'n', 1), newest and not sparse and 1 or 0}

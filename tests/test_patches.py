@@ -1,0 +1,239 @@
+"""Large values travel to Redis as patches: less is sent, and nothing else changes."""
+
+import random
+import string
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.base.id import uuid6
+from langgraph.checkpoint.memory import InMemorySaver
+
+from langgraph_vat import HybridSaver, Keyring
+from langgraph_vat._hot.bases import _MOST, Base, Bases
+
+LARGE = 100_000
+_dice = random.Random(3)
+
+
+def text(size: int) -> str:
+    return "".join(_dice.choices(string.ascii_lowercase, k=size))
+
+
+@pytest.fixture(params=["plain", "sealed"])
+def keyring(request):
+    return Keyring.generate() if request.param == "sealed" else None
+
+
+@pytest.fixture
+def process(postgres_url, redis_url, keyring) -> Iterator[Any]:
+    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
+    made: list[HybridSaver] = []
+
+    def start(flush_every: int = 50, **more: Any) -> HybridSaver:
+        saver = HybridSaver.from_conn_string(
+            postgres_url,
+            redis=redis_url,
+            flush_every=flush_every,
+            flush_after=600.0,
+            keyring=keyring,
+            **more,
+        )
+        saver._life._flusher.stop()
+        saver.setup()
+        made.append(saver)
+        return saver
+
+    yield start
+    for saver in made:
+        kill(saver)
+        saver.close()
+
+
+@pytest.fixture
+def client(redis_url):
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+def kill(saver: HybridSaver) -> None:
+    saver._shared.copies._threads.clear()
+
+
+def at(thread: str = "t") -> Any:
+    return {"configurable": {"thread_id": thread, "checkpoint_ns": ""}}
+
+
+def put(saver: Any, parent: Any, values: dict[str, Any], *, new: Any = None) -> Any:
+    """Put a child of `parent`; of the channels in `new` the versions are new."""
+    new = list(values) if new is None else new
+    before = saver.get_tuple(parent) if parent is not None else None
+    versions = dict(before.checkpoint["channel_versions"]) if before else {}
+    for channel in new:
+        versions[channel] = saver.get_next_version(versions.get(channel), None)
+    checkpoint = {**empty_checkpoint(), "id": str(uuid6()), "channel_values": values}
+    checkpoint["channel_versions"] = versions
+    config = saver.put(parent or at(), checkpoint, {}, {c: versions[c] for c in new})
+    return config
+
+
+def grow(saver: Any, config: Any, value: list[str], steps: int) -> tuple[Any, dict[str, Any]]:
+    """Append to a value step by step; return what each checkpoint must have."""
+    known = {}
+    for _ in range(steps):
+        value = [*value, text(500)]
+        config = put(saver, config, {"a": value})
+        known[config["configurable"]["checkpoint_id"]] = value
+    return config, known
+
+
+def states(saver: Any, thread: str = "t") -> dict[str, Any]:
+    return {
+        one.checkpoint["id"]: one.checkpoint["channel_values"].get("a")
+        for one in saver.list(at(thread))
+    }
+
+
+def sent(client: Any, saver: HybridSaver) -> list[int]:
+    """Return how large the entries of the journal are."""
+    entries = client.xrange(saver._shared.keys.journal("t"))
+    return [sum(map(len, fields.values())) for _, fields in entries]
+
+
+def test_of_what_grows_only_the_new_is_sent(process, client):
+    saver, other = process(), process()
+    _, known = grow(saver, None, [text(LARGE)], 10)
+    first, *later = sent(client, saver)
+    assert first > LARGE
+    assert max(later) < LARGE / 8
+    newest = list(known.values())[-1]
+    for one in (saver, other):
+        hits = one.stats.hits
+        assert one.get_tuple(at()).checkpoint["channel_values"]["a"] == newest
+        assert one.stats.hits == hits + 1
+
+
+@pytest.mark.parametrize("storage", ["compact", "compatible"])
+@pytest.mark.parametrize("flushed", [0, 1, 4])
+def test_whoever_flushes_a_dead_writers_journal_has_the_values(
+    process, storage, flushed, postgres_url
+):
+    writer = process()
+    config, known = grow(writer, None, [text(LARGE)], 1 + flushed)
+    if flushed:
+        writer.flush()
+    config, more = grow(writer, config, list(known.values())[-1], 5)
+    kill(writer)
+    heir = process(storage=storage)
+    heir.flush()
+    assert states(heir) == known | more
+    # What builds on it goes on, whoever takes the next step.
+    heir.get_tuple(at())
+    _, after = grow(heir, config, list(more.values())[-1], 5)
+    heir.flush()
+    assert states(process()) == known | more | after
+
+
+def test_two_processes_in_turn(process, client):
+    one, other = process(), process()
+    config, known, value = None, {}, [text(LARGE)]
+    for turn in range(12):
+        saver = one if turn % 2 else other
+        config, more = grow(saver, config, value, 2)
+        known |= more
+        value = list(more.values())[-1]
+        assert one.get_tuple(at()).checkpoint["channel_values"]["a"] == value
+        assert other.get_tuple(at()).checkpoint["channel_values"]["a"] == value
+    assert one.stats.flushes == other.stats.flushes == 0
+    one.flush()
+    assert states(other) == known
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_put_comes_back(process, client, seed):
+    dice, savers, oracle = random.Random(seed), [process(), process(max_head_bytes=200_000)], None
+    oracle = InMemorySaver()
+    config, values = None, {"a": [text(LARGE)], "b": "small"}
+    for _ in range(60):
+        saver = dice.choice(savers)
+        what = dice.random()
+        if what < 0.1:
+            saver.flush()
+        elif what < 0.15:
+            for key in client.keys(b"*:head:*") + client.keys(b"*head*"):
+                client.delete(key)
+        elif what < 0.2:
+            saver.flush()
+            kill(saver)
+        value = dice.choice([values["a"], values["a"], [text(30_000)], [], [text(10)]])
+        value = [text(20), *value[1:]] if value and dice.random() < 0.1 else [*value, text(300)]
+        if dice.random() < 0.1:
+            value = [text(150_000)]
+        values = {"a": value, "b": text(dice.choice([5, 20_000]))}
+        new = dice.choice([["a"], ["b"], ["a", "b"]]) if config else ["a", "b"]
+        if "a" not in new:
+            values["a"] = before["a"]
+        if "b" not in new:
+            values["b"] = before["b"]
+        before = dict(values)
+        parent = config
+        config = put(saver, parent, values, new=new)
+        checkpoint = saver.get_tuple(config).checkpoint
+        fresh = {c: checkpoint["channel_versions"][c] for c in new}
+        oracle.put(parent or at(), checkpoint, {}, fresh)
+        for reader in savers:
+            found = reader.get_tuple(at()).checkpoint
+            assert found["channel_values"] == values
+    for saver in savers:
+        saver.flush()
+    for one in oracle.list(at()):
+        assert savers[0].get_tuple(one.config).checkpoint == one.checkpoint
+
+
+def test_a_large_value_beside_redis_is_not_taken_for_one_in_the_head(process, client):
+    saver = process(max_head_bytes=50_000)
+    config, known = grow(saver, None, [text(LARGE)], 4)
+    assert states(saver) == known
+    with suppress(redis.RedisError):
+        head = client.hgetall(saver._shared.keys.head("t", ""))
+        assert not any(field.startswith((b"a:", b"m:")) for field in head)
+
+
+def test_a_deleted_threads_values_are_not_kept(process):
+    saver = process()
+    grow(saver, None, [text(LARGE)], 2)
+    assert saver._shared.bases.get("t", "", "a")
+    saver.delete_thread("t")
+    assert not saver._shared.bases.get("t", "", "a")
+    _, known = grow(saver, None, [text(LARGE)], 3)
+    assert states(saver) == known
+
+
+def test_after_a_prune_values_build_on_what_is_there(process, postgres_url):
+    saver = process()
+    config, known = grow(saver, None, [text(LARGE)], 6)
+    saver.prune(["t"], strategy="keep_latest")
+    config, more = grow(saver, config, list(known.values())[-1], 3)
+    kill(saver)
+    heir = process()
+    assert states(heir) == dict([list(known.items())[-1]]) | more
+    with psycopg.connect(postgres_url) as connection:
+        found = connection.execute("SELECT count(*) FROM checkpoint_blobs").fetchone()
+    assert found is not None
+
+
+def test_what_is_remembered_is_bounded():
+    bases = Bases()
+    for number in range(10):
+        bases.learn(f"t{number}", "", {"a": Base(b"m", "1", bytes(_MOST // 4))})
+    assert bases._size <= _MOST
+    assert bases.get("t9", "", "a")
+    assert not bases.get("t0", "", "a")
+    bases.learn("t9", "", {"a": None})
+    for number in range(10):
+        bases.forget(f"t{number}")
+    assert bases._size == 0
