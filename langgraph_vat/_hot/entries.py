@@ -164,6 +164,16 @@ class Head:
         )
 
     @property
+    def held(self) -> dict[str, Blob]:
+        """The large values that it holds whole, and under a mark."""
+        whole = {blob.channel: blob for blob in (*self.blobs, *self.bases) if not blob.base}
+        return {
+            channel: blob._replace(mark=mark)
+            for channel, blob in whole.items()
+            if (mark := self._fields.get(b"m:" + channel.encode()))
+        }
+
+    @property
     def writes(self) -> tuple[Write, ...]:
         """The pending writes of this checkpoint; early writes of a later one are left out."""
         mine = _write_prefix(self.checkpoint_id)

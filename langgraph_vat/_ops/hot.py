@@ -44,7 +44,7 @@ from langgraph_vat._hot.entries import (
 )
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
 from langgraph_vat._ops.flush import commit, flush
-from langgraph_vat._ops.patches import patched
+from langgraph_vat._ops.patches import to_send
 from langgraph_vat._ops.shared import Known, Shared, now
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
@@ -251,6 +251,8 @@ async def read_head(
         return b"open", None
     if not head.checkpoint_id:
         return answer, None
+    if held := head.held:
+        shared.bases.learn(thread_id, checkpoint_ns, held)
     snapshot = _snapshot(thread_id, checkpoint_ns, head)
     return (answer, (snapshot, known)) if snapshot else (b"open", None)
 
@@ -320,7 +322,7 @@ Call = Callable[[Shared, Hot, str], Awaitable[Any]]
 
 def _put_call(codec: Codec, entry: PutEntry, mode: str, *, is_patched: bool) -> Call:
     async def call(shared: Shared, hot: Hot, thread_id: str) -> Any:
-        sent, whole = patched(shared, codec, thread_id, entry, is_patched=is_patched)
+        sent = to_send(shared, codec, thread_id, entry, is_patched=is_patched)
         needs, marks = needs_pairs(sent), mark_pairs(sent)
         own, both = put_pairs(sent)
         core = pack_core(entry.core)
@@ -335,7 +337,8 @@ def _put_call(codec: Codec, entry: PutEntry, mode: str, *, is_patched: bool) -> 
         ]  # fmt: skip
         reply = await hot.script(scripts.PUT, _keys(shared, thread_id, entry), args)
         if reply[0] == b"ok" and reply[3]:
-            shared.bases.learn(thread_id, entry.checkpoint_ns, whole)
+            held = {blob.channel: blob for blob in sent.blobs if not blob.base}
+            shared.bases.learn(thread_id, entry.checkpoint_ns, held)
         else:
             shared.bases.forget(thread_id)
         return reply

@@ -27,6 +27,7 @@ from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import EMPTY_HEAD, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
+from langgraph_vat._ops.patches import marked
 from langgraph_vat._ops.shared import Known, Shared, recount
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._ops.values import (
@@ -37,7 +38,7 @@ from langgraph_vat._ops.values import (
     unpacked_write,
     with_sends,
 )
-from langgraph_vat._records import Core, Fence, Snapshot, Write
+from langgraph_vat._records import Blob, Core, Fence, Snapshot, Write
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
@@ -168,10 +169,10 @@ async def fill(
         if ticket is None:
             continue
         codec = known.codec(serde, thread_id)
-        pairs = _pairs(codec, snapshot)
+        pairs, held = _pairs(codec, snapshot)
         pairs += await _early_writes(backend, codec, thread_id, checkpoint_ns, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
-            pairs = [*sparse(pairs), b"z", b"1"]
+            pairs, held = [*sparse(pairs), b"z", b"1"], {}
         args: list[Arg] = [
             ticket,
             known.fence.text,
@@ -182,6 +183,7 @@ async def fill(
         head = keys.head(thread_id, checkpoint_ns)
         reply = await hot.script(scripts.FILL, [meta, head, journal], args)
         if reply[0] == b"ok":
+            shared.bases.learn(thread_id, checkpoint_ns, held)
             break
     return known, snapshot
 
@@ -224,19 +226,20 @@ async def _early_writes(
     return pairs
 
 
-def _pairs(codec: Codec, snapshot: Snapshot | None) -> list[bytes]:
-    """Return the head that shows what Postgres has."""
+def _pairs(codec: Codec, snapshot: Snapshot | None) -> tuple[list[bytes], dict[str, Blob]]:
+    """Return the head that shows what Postgres has, and the values that it holds."""
     if snapshot is None:
-        return [*EMPTY_HEAD]
+        return [*EMPTY_HEAD], {}
     refuse_plaintext(snapshot, codec)
-    snapshot = unpacked(with_sends(snapshot, codec), codec)
+    snapshot = _complete(unpacked(with_sends(snapshot, codec), codec), codec)
+    blobs = tuple(map(marked, snapshot.blobs))
     core = Core(
         orjson.dumps(snapshot.checkpoint),
         orjson.dumps(snapshot.metadata),
         snapshot.exact_type,
         snapshot.exact,
     )
-    return head_pairs(_complete(snapshot, codec), core)
+    return head_pairs(replace(snapshot, blobs=blobs), core), {blob.channel: blob for blob in blobs}
 
 
 def _complete(snapshot: Snapshot, codec: Codec) -> Snapshot:
