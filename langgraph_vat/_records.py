@@ -102,6 +102,15 @@ class Swept(NamedTuple):
     bytes: int
 
 
+class Rotated(NamedTuple):
+    """What became of the data keys."""
+
+    rotated: int
+    """Wrapped anew, by the keyring's primary key. Others were already."""
+    left: int
+    """That no key of the keyring opens."""
+
+
 class Rewritten(NamedTuple):
     """What was stored in another form."""
 

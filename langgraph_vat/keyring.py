@@ -169,6 +169,11 @@ class Keyring:
         cipher = self._ciphers[key_id]
         return header + nonce + cipher.encrypt(nonce, plaintext, header + associated_data)
 
+    def is_current(self, wrapped: bytes) -> bool:
+        """Whether `wrap` would use the key that this was wrapped by."""
+        key_id = self.primary_id.encode()
+        return bytes(wrapped[: 2 + len(key_id)]) == bytes([1, len(key_id)]) + key_id
+
     def unwrap(self, wrapped: bytes, *, associated_data: bytes) -> bytes:
         """
         Return the secret that `wrap` encrypted.

@@ -14,9 +14,11 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops import items
+from langgraph_vat._ops.rotate import rotate_roots
 from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
+from langgraph_vat._records import Rotated
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import sealing
@@ -141,6 +143,19 @@ class SemanticStore(Managed, BaseStore):
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
         return await items.batch(self._items, await self._connections.asyncio(self._needs), ops)
+
+    def rotate(self) -> Rotated:
+        """Wrap the data keys of roots by the keyring's primary key; see `Threads.rotate`."""
+        return drive(self._rotate(self._connections.blocking(self._needs)))
+
+    async def arotate(self) -> Rotated:
+        """Like `rotate`."""
+        return await self._rotate(await self._connections.asyncio(self._needs))
+
+    async def _rotate(self, backend: Backend) -> Rotated:
+        if self._items.keyring is None:
+            raise ConfigurationError("there is no keyring to rotate to; pass keyring=")
+        return await rotate_roots(backend.durable, self._items.keyring)
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""

@@ -8,11 +8,11 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Lifecycle
-from langgraph_vat._ops import retention, rewrite, sweep
+from langgraph_vat._ops import retention, rewrite, rotate, sweep
 from langgraph_vat._ops import search_threads as searching
 from langgraph_vat._ops.address import View
-from langgraph_vat._records import Rewritten, Swept, ThreadInfo
-from langgraph_vat.errors import InvalidInputError
+from langgraph_vat._records import Rewritten, Rotated, Swept, ThreadInfo
+from langgraph_vat.errors import ConfigurationError, InvalidInputError
 from langgraph_vat.settings import STORAGES, Retention
 
 
@@ -177,6 +177,30 @@ class Threads:
             prefix=self._everything,
             is_compact=storage == "compact",
         )
+
+    def rotate(self) -> Rotated:
+        """
+        Wrap the data keys of threads by the keyring's primary key, while all goes on.
+
+        Values stay as they are. It may be stopped at any moment; run again, it
+        goes on. Afterwards, if none is `left`, a key behind the primary one opens
+        nothing here any more. Backups, archives and what an `EncryptedSerializer`
+        sealed for another saver may still need it.
+
+        Raises:
+            ConfigurationError: There is no keyring.
+        """
+        return drive(self._rotate(self._life.blocking()))
+
+    async def arotate(self) -> Rotated:
+        """Like `rotate`."""
+        return await self._rotate(await self._life.asyncio())
+
+    async def _rotate(self, backend: Backend) -> Rotated:
+        keyring = self._life.shared.keyring
+        if keyring is None:
+            raise ConfigurationError("there is no keyring to rotate to; pass keyring=")
+        return await rotate.rotate_threads(backend.durable, keyring, self._everything)
 
     def delete_all(self) -> int:
         """

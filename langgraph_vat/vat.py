@@ -11,6 +11,7 @@ from langgraph.store.base import IndexConfig, TTLConfig
 from langgraph_vat._io.addresses import PostgresSource, RedisSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.managed import Managed
+from langgraph_vat._records import Rotated
 from langgraph_vat.embedded import EmbeddedServers
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
@@ -192,6 +193,17 @@ class Vat(Managed):
     async def acheck(self) -> Sequence[str]:
         """Like `check`."""
         return [*await self.checkpointer.acheck(), *await self.store.acheck()]
+
+    def rotate(self) -> Rotated:
+        """Wrap the data keys of both by the keyring's primary key; see `Threads.rotate`."""
+        return Rotated(
+            *map(sum, zip(self.checkpointer.threads.rotate(), self.store.rotate(), strict=True))
+        )
+
+    async def arotate(self) -> Rotated:
+        """Like `rotate`."""
+        both = await self.checkpointer.threads.arotate(), await self.store.arotate()
+        return Rotated(*map(sum, zip(*both, strict=True)))
 
     def close(self) -> None:
         """Flush, disconnect, and leave embedded servers, which stop with their last user."""

@@ -119,6 +119,18 @@ WHERE thread_id = %(thread)s AND generation = %(generation)s AND history = %(his
 RETURNING history
 """
 
+SELECT_DATA_KEYS: LiteralString = """
+SELECT thread_id, generation::text, data_key FROM vat_threads
+WHERE data_key IS NOT NULL AND thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+ORDER BY thread_id LIMIT %(limit)s FOR UPDATE
+"""
+
+REPLACE_DATA_KEYS: LiteralString = """
+UPDATE vat_threads t SET data_key = n.data_key
+FROM unnest(%(owners)s::text[], %(data_keys)s::bytea[]) AS n (thread_id, data_key)
+WHERE t.thread_id = n.thread_id
+"""
+
 # --- flush ---------------------------------------------------------------
 
 # What a flush must know before it writes, in one answer: values that entries

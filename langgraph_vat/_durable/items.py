@@ -108,6 +108,17 @@ INSERT INTO vat_store_keys (root, data_key) VALUES (%(root)s, %(data_key)s)
 ON CONFLICT (root) DO UPDATE SET root = excluded.root RETURNING data_key
 """
 
+SELECT_KEYS: LiteralString = """
+SELECT root, data_key FROM vat_store_keys
+WHERE root > %(after)s ORDER BY root LIMIT %(limit)s FOR UPDATE
+"""
+
+REPLACE_KEYS: LiteralString = """
+UPDATE vat_store_keys k SET data_key = n.data_key
+FROM unnest(%(owners)s::text[], %(data_keys)s::bytea[]) AS n (root, data_key)
+WHERE k.root = n.root
+"""
+
 PLACE: LiteralString = "s.prefix, s.key"
 ITEM: LiteralString = """
 s.prefix, s.key, s.value, s.vat_type, s.vat_value, s.created_at, s.updated_at,

@@ -1,0 +1,89 @@
+"""
+Wrap the data keys anew, under the key that is the keyring's primary one now.
+
+Nothing that they sealed is touched: of a thread, or of a root of the store, it
+is one small row. It may be stopped at any moment and run again: what is
+wrapped by the primary key is passed over.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, LiteralString
+
+from langgraph_vat._durable import checkpoints, items
+from langgraph_vat._durable.rows import columns
+from langgraph_vat._io.protocols import Durable, Row, Session
+from langgraph_vat._records import Rotated
+from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat.errors import SealError
+from langgraph_vat.keyring import Keyring
+
+logger = logging.getLogger("langgraph_vat")
+
+_PAGE = 256
+
+
+async def rotate_threads(durable: Durable, keyring: Keyring, prefix: str) -> Rotated:
+    """Wrap the data keys of threads anew whose stored ids begin with `prefix`."""
+
+    def bound(thread_id: str, generation: str) -> bytes:
+        return associated_data("data key", "checkpoint", thread_id, generation)
+
+    statements = checkpoints.SELECT_DATA_KEYS, checkpoints.REPLACE_DATA_KEYS
+    return await _rotate(durable, keyring, {"prefix": prefix}, statements, bound)
+
+
+async def rotate_roots(durable: Durable, keyring: Keyring) -> Rotated:
+    """Wrap the data keys of the store's roots anew."""
+
+    def bound(root: str) -> bytes:
+        return associated_data("data key", "store", root)
+
+    return await _rotate(durable, keyring, {}, (items.SELECT_KEYS, items.REPLACE_KEYS), bound)
+
+
+async def _rotate(
+    durable: Durable,
+    keyring: Keyring,
+    params: dict[str, Any],
+    statements: tuple[LiteralString, LiteralString],
+    bound: Callable[..., bytes],
+) -> Rotated:
+    select, replace = statements
+    after, size, done = "", _PAGE, Rotated(0, 0)
+    while size == _PAGE:
+
+        async def body(session: Session, after: str = after) -> tuple[list[Row], Rotated]:
+            # Locked in their order, so that nobody waits for each other.
+            rows = await session.fetch(select, {**params, "after": after, "limit": _PAGE})
+            new, left = _wrapped_anew(keyring, rows, bound)
+            if new:
+                await session.execute(replace, columns(new, "owners", "data_keys"))
+            return rows, Rotated(len(new), left)
+
+        rows, found = await durable.transact(body)
+        done = Rotated(done.rotated + found.rotated, done.left + found.left)
+        size, after = len(rows), rows[-1][0] if rows else after
+    if done.left:
+        logger.warning(
+            "%d data keys were wrapped by a key that the keyring does not have, or were changed;"
+            " they were left as they are",
+            done.left,
+        )
+    return done
+
+
+def _wrapped_anew(
+    keyring: Keyring, rows: list[Row], bound: Callable[..., bytes]
+) -> tuple[list[tuple[str, bytes]], int]:
+    new, left = [], 0
+    for *owner, wrapped in rows:
+        if keyring.is_current(wrapped):
+            continue
+        try:
+            secret = keyring.unwrap(wrapped, associated_data=bound(*owner))
+        except SealError:
+            left += 1
+        else:
+            new.append((owner[0], keyring.wrap(secret, associated_data=bound(*owner))))
+    return new, left
