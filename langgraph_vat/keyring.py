@@ -42,8 +42,8 @@ class Keyring:
     Several 256-bit keys, each with an id; the first is the primary one.
 
     Their text form is ``id:base64`` for each key, the primary one first,
-    separated by commas or white space. To rotate, put a new key first and
-    leave the old one behind it until nothing is wrapped by it.
+    separated by commas or white space. To rotate, give every process a new
+    key behind the others, then in front of them; wrap anew; then remove the old.
 
     Cannot be printed, copied or pickled.
 
@@ -151,15 +151,41 @@ class Keyring:
         """Ids of all keys, the primary one first."""
         return tuple(self._keys)
 
-    def with_primary(self, key_id: str, key: bytes | None = None) -> "Keyring":
+    def with_key(self, key_id: str, key: bytes | None = None) -> "Keyring":
         """
-        Return a keyring with this key, new and random unless given, in front of the others.
+        Return a keyring with this key, new and random unless given, behind the others.
 
-        Save it before it is used: a key that was in memory only is gone with
-        the process, and with it what it sealed.
+        Every process must have it before any wraps with it. Save the keyring
+        before it is used: a key that was in memory only is gone with the
+        process, and with it what it sealed.
         """
         fresh = AESGCM.generate_key(bit_length=256) if key is None else key
+        return Keyring([*self._keys.items(), (key_id, fresh)])
+
+    def with_primary(self, key_id: str, key: bytes | None = None) -> "Keyring":
+        """
+        Return a keyring with this key in front of the others.
+
+        Args:
+            key_id: A key that it has; or another, which is added.
+            key: The one to add; new and random if None. See `with_key`.
+        """
+        if key is None and key_id in self._keys:
+            rest = [one for one in self._keys.items() if one[0] != key_id]
+            return Keyring([(key_id, self._keys[key_id]), *rest])
+        fresh = AESGCM.generate_key(bit_length=256) if key is None else key
         return Keyring([(key_id, fresh), *self._keys.items()])
+
+    def without(self, key_id: str) -> "Keyring":
+        """
+        Return a keyring that has lost a key.
+
+        Raises:
+            ConfigurationError: It does not have it, or no other.
+        """
+        if key_id not in self._keys:
+            raise ConfigurationError(f"the keyring has no key {key_id!r}")
+        return Keyring([one for one in self._keys.items() if one[0] != key_id])
 
     def wrap(self, plaintext: bytes, *, associated_data: bytes) -> bytes:
         """Return a secret encrypted under the primary key, bound to `associated_data`."""

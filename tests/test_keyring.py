@@ -99,7 +99,23 @@ def test_a_new_primary_leaves_the_old_keyring_as_it_was():
     assert (OLD.primary_id, OLD.key_ids) == ("k1", ("k1",))
     assert (BOTH.primary_id, BOTH.key_ids) == ("k2", ("k2", "k1"))
     with pytest.raises(ConfigurationError, match="two keys with the id 'k1'"):
-        BOTH.with_primary("k1")
+        BOTH.with_primary("k1", K2)
+
+
+def test_keys_come_behind_go_in_front_and_leave():
+    ring = OLD.with_key("k2", K2)
+    assert (ring.primary_id, ring.key_ids) == ("k1", ("k1", "k2"))
+    wrapped = ring.with_primary("k2").wrap(SECRET, associated_data=PLACE)
+    assert ring.with_primary("k2").key_ids == ("k2", "k1")
+    assert ring.unwrap(wrapped, associated_data=PLACE) == SECRET
+    assert ring.without("k1").unwrap(wrapped, associated_data=PLACE) == SECRET
+    with pytest.raises(ConfigurationError, match="no key 'k9'"):
+        ring.without("k9")
+    with pytest.raises(ConfigurationError, match="empty"):
+        OLD.without("k1")
+    with pytest.raises(ConfigurationError, match="two keys"):
+        ring.with_key("k2")
+    assert OLD.with_key("k3").key_ids == ("k1", "k3")
 
 
 # --- from text ----------------------------------------------------------------------

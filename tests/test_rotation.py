@@ -26,11 +26,6 @@ OLD = Keyring.generate("old")
 NEW = OLD.with_primary("new")
 
 
-def without(keyring: Keyring, key_id: str) -> Keyring:
-    """Return a keyring that has lost a key."""
-    return Keyring([(i, key) for i, key in keyring._keys.items() if i != key_id])
-
-
 @pytest.fixture
 def make(postgres_url, redis_url) -> Iterator[Any]:
     made: list[HybridSaver] = []
@@ -79,7 +74,7 @@ def test_after_a_rotation_the_old_key_is_not_needed(make, postgres_url):
     assert after.threads.rotate() == (600, 0)
     assert wrapped_by(postgres_url, "old") == 0
     assert after.threads.rotate() == (0, 0)
-    fresh = make(without(NEW, "old"))
+    fresh = make(NEW.without("old"))
     assert [values(fresh, f"t{number}") for number in range(600)] == [[n] for n in range(600)]
     with pytest.raises(UnknownKeyError):
         make(OLD).get_tuple(at("t1"))
@@ -92,7 +87,7 @@ def test_what_no_key_opens_is_left_and_told(make, postgres_url, caplog):
     other.flush()
     assert make(NEW).threads.rotate() == (1, 1)
     assert "data keys" in caplog.text
-    assert values(make(without(NEW, "old"))) == [1]
+    assert values(make(NEW.without("old"))) == [1]
     assert values(other, "u") == [2]
 
 
@@ -144,7 +139,7 @@ def test_store_keys_are_rotated(postgres_url):
         store.put(("b", "c"), "k", {"v": 2})
     with SemanticStore.from_conn_string(postgres_url, keyring=NEW) as store:
         assert asyncio.run(store.arotate()) == (2, 0)
-    with SemanticStore.from_conn_string(postgres_url, keyring=without(NEW, "old")) as store:
+    with SemanticStore.from_conn_string(postgres_url, keyring=NEW.without("old")) as store:
         assert store.get(("b", "c"), "k").value == {"v": 2}
         assert store.get(("a",), "k").value == {"v": 1}
 
@@ -152,7 +147,10 @@ def test_store_keys_are_rotated(postgres_url):
 def test_without_a_keyring_there_is_nothing_to_rotate_to(make, postgres_url, redis_url):
     with pytest.raises(ConfigurationError, match="keyring"):
         make(None).threads.rotate()
-    with Vat.connect(postgres_url, redis_url) as vat, pytest.raises(ConfigurationError, match="keyring"):
+    with (
+        Vat.connect(postgres_url, redis_url) as vat,
+        pytest.raises(ConfigurationError, match="keyring"),
+    ):
         vat.rotate()
 
 

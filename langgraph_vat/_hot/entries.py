@@ -32,10 +32,10 @@ from typing import Any
 import ormsgpack
 
 from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot, Write, WritesEntry
+from langgraph_vat.errors import RefusedError
 
 Pairs = list[bytes]
 
-_NO_PATCH = ormsgpack.packb((None, "", "", None))
 # Fields of a sparse head, beside the versions.
 _SPARSE = frozenset((b"i", b"p", b"l"))
 
@@ -104,11 +104,26 @@ def pack_core(core: Core) -> bytes:
 
 def unpack_core(packed: bytes) -> Core:
     """Unpack what `pack_core` packed."""
-    return Core(*ormsgpack.unpackb(packed))
+    return Core(*_typed(packed, (bytes, bytes, str, bytes)))
 
 
 def parse_entry(fields: Sequence[bytes]) -> Entry:
-    """Return the entry that a journal's field list holds."""
+    """
+    Return the entry that a journal's field list holds.
+
+    Raises:
+        RefusedError: It is damaged.
+    """
+    try:
+        return _parse_entry(fields)
+    except (KeyError, TypeError, ValueError):
+        raise RefusedError(
+            "an entry of the journal in Redis is damaged, and cannot be read. The process that took"
+            " the step still has it, if it lives."
+        ) from None
+
+
+def _parse_entry(fields: Sequence[bytes]) -> Entry:
     found = _mapping(fields)
     if inner := found.get(b"o"):
         found |= _mapping(ormsgpack.unpackb(inner))
@@ -211,8 +226,11 @@ def _parse_blobs(found: dict[bytes, bytes]) -> tuple[Blob, ...]:
 
 def _parse_patch(found: dict[bytes, bytes], channel: str, version: str) -> Blob | None:
     """Return the patch that leads to a version, if there is one."""
-    found_, base, type_, data = ormsgpack.unpackb(found.get(b"a:" + channel.encode(), _NO_PATCH))
-    return Blob(channel, version, type_, data, base) if found_ == version else None
+    patch = found.get(b"a:" + channel.encode())
+    if patch is None:
+        return None
+    leads_to, base, type_, data = _typed(patch, (str, str, str, bytes))
+    return Blob(channel, version, type_, data, base) if leads_to == version else None
 
 
 def _parse_whole(found: dict[bytes, bytes], channel: str, version: str) -> Blob:
@@ -236,7 +254,15 @@ def write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
 
 def _parse_writes(found: dict[bytes, bytes]) -> tuple[Write, ...]:
     return tuple(
-        Write(*ormsgpack.unpackb(value))
+        Write(*_typed(value, (str, int, str, str, str, bytes)))
         for field, value in found.items()
         if field[:2] in (b"w:", b"x:")
     )
+
+
+def _typed(packed: bytes, kinds: Sequence[type]) -> list[Any]:
+    """Unpack values of certain types; `ValueError` where they are others."""
+    found = ormsgpack.unpackb(packed)
+    if not isinstance(found, list) or [type(one) for one in found] != list(kinds):
+        raise ValueError("damaged")
+    return found

@@ -242,19 +242,32 @@ async def read_head(
         await settle(shared, backend, hot, thread_id, details[0])
     if answer != b"ok":
         return answer, None
-    fence, head = Fence.parse(details[0].decode()), Head(details[1])
+    shown = _shown(thread_id, checkpoint_ns, *details)
+    if shown is None:
+        return b"open", None
+    fence, head, snapshot = shown
     known = await _known_by_fence(shared, backend, thread_id, fence)
     if known is None:
         return b"closing", None  # deleted between the two reads: look again
     if _is_behind(shared, thread_id, checkpoint_ns, head.checkpoint_id):
         await flush(shared, backend, [thread_id])
         return b"open", None
-    if not head.checkpoint_id:
-        return answer, None
     if held := head.held:
         shared.bases.learn(thread_id, checkpoint_ns, held)
-    snapshot = _snapshot(thread_id, checkpoint_ns, head)
-    return (answer, (snapshot, known)) if snapshot else (b"open", None)
+    return answer, (snapshot, known) if snapshot else None
+
+
+def _shown(
+    thread_id: str, checkpoint_ns: str, fence: bytes, fields: Sequence[bytes]
+) -> tuple[Fence, Head, Snapshot | None] | None:
+    """Return what a head shows, if it is not damaged and its parts belong together."""
+    try:
+        head = Head(fields)
+        snapshot = _snapshot(thread_id, checkpoint_ns, head) if head.checkpoint_id else None
+        is_whole = snapshot is not None or not head.checkpoint_id
+        return (Fence.parse(fence.decode()), head, snapshot) if is_whole else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _is_behind(shared: Shared, thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> bool:
