@@ -259,3 +259,29 @@ def test_a_fork_of_a_value_is_no_patch_of_the_other_branch(process):
     kill(one)
     other.flush()
     assert states(other) == known
+
+
+def test_a_value_that_no_head_took_is_not_built_on(process):
+    saver = process(max_head_bytes=50_000)
+    config, _ = grow(saver, None, [text(LARGE)], 1)
+    assert saver._shared.bases.get("t", "", "a") is None
+    grow(saver, config, [text(LARGE)], 1)
+    assert saver._shared.bases.get("t", "", "a") is None
+
+
+def test_who_does_not_know_what_the_head_holds_sends_it_whole(process, client):
+    one, other = process(), process()
+    value, config, version, known = [text(LARGE)], at(), None, {}
+    # Neither reads what the other did.
+    for saver, grown in ((one, value), (other, [text(LARGE)]), (one, [*value, "new"])):
+        version = saver.get_next_version(version, None)
+        checkpoint = {**empty_checkpoint(), "id": str(uuid6()), "channel_values": {"a": grown}}
+        checkpoint["channel_versions"] = {"a": version}
+        config = saver.put(config, checkpoint, {}, {"a": version})
+        known[checkpoint["id"]] = grown
+    assert min(sent(client, one)) > LARGE
+    assert process().get_tuple(at()).checkpoint["channel_values"]["a"] == [*value, "new"]
+    assert one.stats.flushes == 0
+    kill(one)
+    other.flush()
+    assert states(other) == known
