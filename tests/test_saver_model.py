@@ -23,6 +23,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from langgraph_vat import HybridSaver, Keyring
 from langgraph_vat._durable import packing
+from langgraph_vat._ops import patches
 
 THREADS = ("one", "two:{x}%*")
 NAMESPACES = ("", "sub:1", "sub")
@@ -259,6 +260,8 @@ def test_answers_are_those_of_in_memory_saver(
     postgres_url, redis_url, is_hot, is_sealed, flush_every, monkeypatch
 ):
     monkeypatch.setattr(packing, "_LONGEST", 6)  # or no example is long enough to begin anew
+    monkeypatch.setattr(packing, "_FEW", 1)  # or none is large enough to be sent as a patch
+    monkeypatch.setattr(patches, "_LEAST", 500)
     url = redis_url if is_hot else None
     keyring = Keyring.generate() if is_sealed else None
     options = {"redis": url, "keyring": keyring, "flush_every": flush_every, "flush_after": 30.0}
