@@ -183,8 +183,8 @@ class Threads:
         Wrap the data keys of threads by the keyring's primary key, while all goes on.
 
         Values stay as they are. It may be stopped at any moment; run again, it
-        goes on. Afterwards, if none is `left`, a key behind the primary one opens
-        nothing here any more. Backups, archives and what an `EncryptedSerializer`
+        goes on. If every process wraps by that key already, and none is `left`,
+        the others open nothing here any more. Backups, archives and what an `EncryptedSerializer`
         sealed for another saver may still need it.
 
         Raises:

@@ -5,6 +5,7 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
+import ormsgpack
 import psycopg
 import pytest
 import redis
@@ -285,3 +286,99 @@ def test_who_does_not_know_what_the_head_holds_sends_it_whole(process, client):
     kill(one)
     other.flush()
     assert states(other) == known
+
+
+def put_as(saver: HybridSaver, config: Any, version: str, value: Any, run: str = "") -> Any:
+    """Put a version that may have been used before."""
+    checkpoint = {**empty_checkpoint(), "id": str(uuid6()), "channel_values": {"a": value}}
+    checkpoint["channel_versions"] = {"a": version}
+    return saver.put(config, checkpoint, {"run_id": run} if run else {}, {"a": version})
+
+
+@pytest.mark.parametrize("last", [[], [1], [text(LARGE)]])
+def test_a_version_that_was_sent_as_a_patch_may_be_used_again(process, last):
+    saver, value = process(), [text(LARGE)]
+    config = put_as(saver, at(), "1", value)
+    config = put_as(saver, config, "2", [*value, "new"])
+    put_as(saver, config, "2", last)
+    for one in (saver, process()):
+        assert one.get_tuple(at()).checkpoint["channel_values"]["a"] == last
+    saver.flush()
+    assert process().get_tuple(at()).checkpoint["channel_values"]["a"] == last
+
+
+def test_a_patch_builds_on_what_its_base_was_when_it_was_taken(process):
+    writer, value = process(), [text(LARGE)]
+    config = put_as(writer, at(), "1", value)
+    second = put_as(writer, config, "2", [*value, "new"])
+    put_as(writer, second, "1", [text(LARGE)])
+    kill(writer)
+    heir = process()
+    heir.flush()
+    assert heir.get_tuple(second).checkpoint["channel_values"]["a"] == [*value, "new"]
+    assert len(states(process())) == 3
+
+
+def test_a_step_outlives_the_run_that_it_builds_on(process, postgres_url):
+    writer, other, value = process(), process(), [text(LARGE)]
+    config = put_as(writer, at(), "1", value, run="one")
+    second = put_as(writer, config, "2", [*value, "new"], run="two")
+    kill(writer)
+    with psycopg.connect(postgres_url) as connection:  # by whoever could not read Redis
+        connection.execute("INSERT INTO vat_deleted_runs (run_id) VALUES ('one')")
+        connection.execute("UPDATE vat_threads SET history = history + 1")
+    other.flush()
+    found = other.get_tuple(second)
+    assert found.checkpoint["channel_values"]["a"] == [*value, "new"]
+    assert list(states(other)) == [second["configurable"]["checkpoint_id"]]
+
+
+@pytest.mark.parametrize("storage", ["compact", "compatible"])
+def test_a_patch_of_a_value_that_was_not_new(process, postgres_url, storage):
+    writer, value = process(storage=storage), [text(LARGE)]
+    checkpoint = {**empty_checkpoint(), "id": str(uuid6())}
+    checkpoint |= {"channel_values": {"a": value}, "channel_versions": {"a": "1"}}
+    config = writer.put(at(), checkpoint, {}, {})  # nothing is new, and nothing is there
+    put_as(writer, config, "2", [*value, "new"])
+    kill(writer)
+    heir = process(storage=storage)
+    heir.flush()
+    assert list(states(heir).values()) == [[*value, "new"], value]
+    if storage == "compatible":
+        with psycopg.connect(postgres_url) as connection:
+            types = connection.execute("SELECT type FROM checkpoint_blobs").fetchall()
+        assert not any("+vat" in type_ for (type_,) in types)
+
+
+@pytest.mark.parametrize("keyring", [Keyring.generate()])
+def test_without_the_key_a_journal_is_left_to_those_who_have_it(process, postgres_url, redis_url):
+    writer = process()
+    _, known = grow(writer, None, [text(LARGE)], 3)
+    kill(writer)
+    options: Any = {"redis": redis_url, "flush_every": 50, "flush_after": 600.0}
+    stranger = HybridSaver.from_conn_string(postgres_url, **options)
+    stranger._life._flusher.stop()
+    with pytest.raises(UnavailableError):
+        stranger.flush()
+    heir = process()
+    assert states(heir) == known
+    stranger.flush()
+    stranger.close()
+
+
+def test_threads_without_large_values_are_not_remembered(process):
+    saver = process()
+    for number in range(20):
+        put_as(saver, at(f"t{number}"), "1", "small")
+    assert not saver._shared.bases._threads
+
+
+def test_a_head_of_another_shape_is_read_from_postgres(process, client):
+    saver = process()
+    _, known = grow(saver, None, [text(LARGE)], 2)
+    saver.flush()
+    head = saver._shared.keys.head("t", "")
+    core = ormsgpack.unpackb(client.hget(head, "c"))
+    for damaged in (b'{"channel_versions": []}', b"[]", b"{", b""):
+        client.hset(head, "c", ormsgpack.packb([damaged, *core[1:]]))
+        assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == list(known.values())[-1]

@@ -279,7 +279,7 @@ CROSS JOIN LATERAL (
     AND (b.version < n.first OR NOT %(is_stored)s) ORDER BY b.version DESC LIMIT 1
 ) AS b
 UNION ALL
-SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, coalesce(b.vat_step, 0),
+SELECT 'present', b.thread_id, b.checkpoint_ns, b.channel, b.version, 0,
     coalesce(b.vat_bases, '{}')
 FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
             %(versions)s::text[]) AS n (thread_id, checkpoint_ns, channel, version)
@@ -293,6 +293,20 @@ SELECT b.thread_id, b.checkpoint_ns, b.channel, b.version, b.type, b.blob,
 FROM unnest(%(threads)s::text[], %(namespaces)s::text[], %(channels)s::text[],
             %(versions)s::text[]) AS n (thread_id, checkpoint_ns, channel, version)
 JOIN checkpoint_blobs b USING (thread_id, checkpoint_ns, channel, version)
+"""
+
+# Values of a thread, and all that they build on.
+SELECT_WITH_BASES: LiteralString = """
+SELECT DISTINCT ON (b.checkpoint_ns, b.channel, b.version)
+    b.checkpoint_ns, b.channel, b.version, b.type, b.blob,
+    coalesce(b.vat_bases[cardinality(b.vat_bases)], '')
+FROM unnest(%(namespaces)s::text[], %(channels)s::text[], %(versions)s::text[])
+    AS n (checkpoint_ns, channel, version)
+JOIN checkpoint_blobs k ON k.thread_id = %(thread)s AND k.checkpoint_ns = n.checkpoint_ns
+    AND k.channel = n.channel AND k.version = n.version
+JOIN checkpoint_blobs b ON b.thread_id = %(thread)s AND b.checkpoint_ns = k.checkpoint_ns
+    AND b.channel = k.channel AND (b.version = k.version OR b.version = ANY(k.vat_bases))
+WHERE b.blob IS NOT NULL
 """
 
 # What builds on a version, and all that it builds on.

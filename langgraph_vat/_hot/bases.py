@@ -38,14 +38,15 @@ class Bases:
     def learn(self, thread_id: str, checkpoint_ns: str, held: Mapping[str, Blob]) -> None:
         """Remember what a head holds of some channels; one without a mark is not worth it."""
         with self._lock:
-            known = self._threads.setdefault(thread_id, {})
+            known = self._threads.pop(thread_id, {})
             for channel, blob in held.items():
                 old = known.pop((checkpoint_ns, channel), None)
                 self._size -= _size(old)
                 if blob.mark:
                     known[checkpoint_ns, channel] = blob
                     self._size += _size(blob)
-            self._threads.move_to_end(thread_id)
+            if known:
+                self._threads[thread_id] = known
             while self._size > _MOST:
                 self._drop(next(iter(self._threads)))
 

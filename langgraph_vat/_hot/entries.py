@@ -16,8 +16,8 @@ twice. Fields:
 ``n:CHANNEL``         version of a channel
 ``b:CHANNEL``         its value: type, NUL, bytes; nothing where it is empty
 ``m:CHANNEL``         a random mark of that value; nothing of a small one
-``a:CHANNEL``         packed: version, base, type and bytes of a patch; in a head it
-                      counts if the version is the channel's: then ``b:`` is the base
+``a:CHANNEL``         packed: a patch's version, base, mark of the base, type, bytes; in a
+                      head it counts if that is the version, and the mark of ``b:``
 ``w:LEN:ID:…``        a write with idx >= 0 (the first stays)
 ``x:LEN:ID:…``        a write with idx < 0 (the last stays)
 ``o``                 packed: the pairs of an entry that is big or has many
@@ -27,6 +27,7 @@ twice. Fields:
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import ormsgpack
@@ -36,6 +37,8 @@ from langgraph_vat.errors import RefusedError
 
 Pairs = list[bytes]
 
+# What reading something else than was written raises.
+DAMAGES = (AttributeError, KeyError, TypeError, ValueError)
 # Fields of a sparse head, beside the versions.
 _SPARSE = frozenset((b"i", b"p", b"l"))
 
@@ -116,7 +119,7 @@ def parse_entry(fields: Sequence[bytes]) -> Entry:
     """
     try:
         return _parse_entry(fields)
-    except (KeyError, TypeError, ValueError):
+    except DAMAGES:
         raise RefusedError(
             "an entry of the journal in Redis is damaged, and cannot be read. The process that took"
             " the step still has it, if it lives."
@@ -137,15 +140,13 @@ def _parse_entry(fields: Sequence[bytes]) -> Entry:
     if found[b"k"] == b"writes":
         epoch = int(found[b"e"])
         return WritesEntry(**where, epoch=epoch, writes=_parse_writes(found))
-    blobs = _parse_blobs(found)
-    needs = [(channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])]
     return PutEntry(
         **where,
         parent_id=found[b"p"].decode(),
         core=unpack_core(found[b"c"]),
-        blobs=blobs,
+        blobs=_parse_blobs(found),
         kept=frozenset(ormsgpack.unpackb(found[b"q"])),
-        needs=(*needs, *((blob.channel, blob.base) for blob in blobs if blob.base)),
+        needs=tuple((channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])),
     )
 
 
@@ -166,12 +167,12 @@ class Head:
         """The checkpoint without its values."""
         return unpack_core(self._fields[b"c"])
 
-    @property
+    @cached_property
     def blobs(self) -> tuple[Blob, ...]:
         """The values of all channels, empty ones included."""
         return _parse_blobs(self._fields)
 
-    @property
+    @cached_property
     def bases(self) -> tuple[Blob, ...]:
         """The values that those of them build on that are patches."""
         return tuple(
@@ -208,7 +209,7 @@ def _blob_pairs(blobs: Iterable[Blob]) -> Iterable[bytes]:
         channel = blob.channel.encode()
         yield from (b"n:" + channel, blob.version.encode())
         if blob.base:
-            patch = ormsgpack.packb((blob.version, blob.base, blob.type, blob.data))
+            patch = ormsgpack.packb((blob.version, blob.base, blob.mark, blob.type, blob.data))
             yield from (b"a:" + channel, patch)
         else:
             value = b"" if blob.data is None else blob.type.encode() + b"\0" + blob.data
@@ -229,8 +230,10 @@ def _parse_patch(found: dict[bytes, bytes], channel: str, version: str) -> Blob 
     patch = found.get(b"a:" + channel.encode())
     if patch is None:
         return None
-    leads_to, base, type_, data = _typed(patch, (str, str, str, bytes))
-    return Blob(channel, version, type_, data, base) if leads_to == version else None
+    leads_to, base, mark, type_, data = _typed(patch, (str, str, bytes, str, bytes))
+    # What is stored whole later leaves an older patch where it is.
+    counts = leads_to == version and found.get(b"m:" + channel.encode(), mark) == mark
+    return Blob(channel, version, type_, data, base, mark) if counts else None
 
 
 def _parse_whole(found: dict[bytes, bytes], channel: str, version: str) -> Blob:

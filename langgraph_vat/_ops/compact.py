@@ -10,9 +10,8 @@ All of it happens under the row locks of the threads, against rows read there.
    another value, what builds on the old one is made whole first.
 3. A pending write builds on the value of its channel that came with it, which is
    often the same.
-4. What came as a patch is made whole first, and then packed as it fits.
-5. What cannot be opened here, because another process has the thread's key, is
-   stored as it is, a patch, too.
+4. What cannot be opened here, because another process has the thread's key, is
+   stored as it is.
 """
 
 import json
@@ -21,21 +20,17 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import TASKS
 
 from langgraph_vat._durable import checkpoints as sql
-from langgraph_vat._durable.packing import LEAST, is_patch, line_position, pack, unpack
+from langgraph_vat._durable.packing import LEAST, is_patch, line_position, pack
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
-from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.shared import NO_SERDE, Known, Shared
 from langgraph_vat._ops.values import Unpacker, blob_place, write_place
 from langgraph_vat._records import Blob, Entry, PutEntry, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import SealError
-
-# What a codec serializes with: here nothing is.
-_NO_SERDE = JsonPlusSerializer()
 
 Pairs = Sequence[tuple[str, Entry]]
 BlobKey = tuple[str, str, str, str]
@@ -90,50 +85,23 @@ async def pack_entries(
     """
     packing, lines = Packing(), dict[LineKey, _Line]()
     codecs = _codecs(shared, pairs)
-    blobs = _new_blobs(pairs, codecs)
-    stored = await _Stored.read(session, codecs, list(blobs), _bases_of(blobs))
-    new = _new_values(blobs, codecs, stored)
-    packing.present = {
-        key for key in stored.present if key not in new or stored.value(key) == new[key]
-    }
+    new = _new_values(pairs, codecs)
+    stored = await _Stored.read(session, codecs, list(new))
+    packing.present = {key for key in stored.present if stored.value(key) == new[key]}
     for key in stored.present - packing.present:
         await _make_whole(session, codecs[key[0]], key)
         lines[key[:3]] = _Line()  # nothing more builds on what was there
-    for key, blob in blobs.items():
-        if key in packing.present:
-            continue
-        if key in new and is_compact:
+    for key, value in new.items():
+        if is_compact and key not in packing.present:
             line = lines.setdefault(key[:3], stored.line(key[:3]))
-            packing.blobs[key] = _pack_blob(stored, codecs[key[0]], key, line, new[key])
-        elif blob.base:
-            value = new.get(key)
-            packing.blobs[key] = (
-                Packed(*codecs[key[0]].seal(*value, *blob_place(*key[1:])))
-                if value
-                else _as_it_is(stored, packing, key, blob)
-            )
-    if is_compact:
-        packing.writes = _pack_writes(pairs, codecs, lines)
+            packing.blobs[key] = _pack_blob(stored, codecs[key[0]], key, line, value)
+    for thread_id, entry in pairs:
+        if is_compact and isinstance(entry, WritesEntry) and thread_id in codecs:
+            for write in entry.writes:
+                line = lines.get((thread_id, entry.checkpoint_ns, write.channel), _Line())
+                if packed := _pack_write(codecs[thread_id], entry, write, line):
+                    packing.writes[entry.uid, write.task_id, write.idx] = packed
     return packing
-
-
-def _pack_writes(
-    pairs: Pairs, codecs: dict[str, Codec], lines: dict[LineKey, _Line]
-) -> dict[WriteKey, Packed]:
-    return {
-        (entry.uid, write.task_id, write.idx): packed
-        for thread_id, entry in pairs
-        if isinstance(entry, WritesEntry) and thread_id in codecs
-        for write in entry.writes
-        if (
-            packed := _pack_write(
-                codecs[thread_id],
-                entry,
-                write,
-                lines.get((thread_id, entry.checkpoint_ns, write.channel), _Line()),
-            )
-        )
-    }
 
 
 async def pack_stored(
@@ -167,52 +135,23 @@ def _codecs(shared: Shared, pairs: Pairs) -> dict[str, Codec]:
         if known is None or known.fence.generation != entry.fence.generation:
             known = Known(entry.fence, None) if shared.keyring is None else None
         if known is not None:
-            found[thread_id] = known.codec(_NO_SERDE, thread_id)
+            found[thread_id] = known.codec(NO_SERDE, thread_id)
     return found
 
 
-def _new_blobs(pairs: Pairs, codecs: dict[str, Codec]) -> dict[BlobKey, Blob]:
-    """Return the new blobs that matter here; of a version that comes twice the last one."""
-    return {
-        (thread_id, entry.checkpoint_ns, blob.channel, blob.version): blob
-        for thread_id, entry in pairs
-        if isinstance(entry, PutEntry)
-        for blob in entry.blobs
-        if blob.data is not None
-        and blob.channel not in entry.kept
-        and (thread_id in codecs or blob.base)
-    }
-
-
-def _bases_of(blobs: dict[BlobKey, Blob]) -> set[BlobKey]:
-    """Return what those build on that came as patches, and that did not come with them."""
-    return {(*key[:3], blob.base) for key, blob in blobs.items() if blob.base} - blobs.keys()
-
-
-def _new_values(
-    blobs: dict[BlobKey, Blob], codecs: dict[str, Codec], stored: "_Stored"
-) -> dict[BlobKey, Value]:
-    """Return the values of blobs, open and whole; of those that can be."""
+def _new_values(pairs: Pairs, codecs: dict[str, Codec]) -> dict[BlobKey, Value]:
+    """Return the new values, open; of a version that comes twice the last one."""
     found: dict[BlobKey, Value] = {}
-    for key, blob in blobs.items():
-        if key[0] not in codecs or blob.data is None:
+    for thread_id, entry in pairs:
+        if not isinstance(entry, PutEntry) or thread_id not in codecs:
             continue
-        with suppress(SealError):
-            type_, data = codecs[key[0]].open(blob.type, blob.data, *blob_place(*key[1:]))
-            if blob.base:
-                base_key = (*key[:3], blob.base)
-                base = found[base_key][1] if base_key in found else stored.base(base_key)
-                type_, data = unpack(type_, data, base)
-            found[key] = (type_, data)
+        for blob in entry.blobs:
+            if blob.data is None or blob.channel in entry.kept:
+                continue
+            key = (thread_id, entry.checkpoint_ns, blob.channel, blob.version)
+            with suppress(SealError):
+                found[key] = codecs[thread_id].open(blob.type, blob.data, *blob_place(*key[1:]))
     return found
-
-
-def _as_it_is(stored: "_Stored", packing: Packing, key: BlobKey, blob: Blob) -> Packed:
-    """Return a patch that cannot be opened here: it goes on with the line of its base."""
-    base = packing.blobs.get((*key[:3], blob.base)) or stored.packed((*key[:3], blob.base))
-    # One more base than its own base has: as many bits as the position has.
-    step = (base.step or 0) | ((base.step or 0) + 1)
-    return Packed(blob.type, blob.data or b"", step, (*base.bases, blob.base))
 
 
 def _pack_blob(stored: "_Stored", codec: Codec, key: BlobKey, line: _Line, value: Value) -> Packed:
@@ -250,12 +189,10 @@ class _Stored:
     def __init__(self, codecs: dict[str, Codec], rows: Sequence[Row], blobs: Sequence[Row]) -> None:
         self.present: set[BlobKey] = set()
         self._lines: dict[LineKey, _Line] = {}
-        self._places: dict[BlobKey, tuple[int, tuple[str, ...]]] = {}
         for kind, *key, step, bases in rows:
             thread_id, ns, channel, version = key
             if kind == "present":
                 self.present.add((thread_id, ns, channel, version))
-                self._places[thread_id, ns, channel, version] = step, tuple(bases)
             else:
                 self._lines[thread_id, ns, channel] = _Line(step, [*bases, version])
         bases_of: dict[tuple[str, str], list[Blob]] = {}
@@ -267,7 +204,6 @@ class _Stored:
         self._unpackers = {
             (thread_id, ns): Unpacker(codecs[thread_id], ns, some)
             for (thread_id, ns), some in bases_of.items()
-            if thread_id in codecs
         }
 
     @classmethod
@@ -276,19 +212,18 @@ class _Stored:
         session: Session,
         codecs: dict[str, Codec],
         new: Sequence[BlobKey],
-        bases_of_new: Collection[BlobKey] = (),
         *,
         is_stored: bool = False,
     ) -> "_Stored":
         """
-        Read the lines that go on, and what the new values will build on, or came as patches of.
+        Read the lines that go on, and what the new values will build on.
 
         With `is_stored` they are not new, and their lines those that lead to them.
         """
         if not new:
             return cls(codecs, [], [])
         names = ("threads", "namespaces", "channels", "versions")
-        params = {**columns([*new, *bases_of_new], *names), "is_stored": is_stored}
+        params = {**columns(new, *names), "is_stored": is_stored}
         rows = await session.fetch(sql.SELECT_LINES, params)
         found = cls(codecs, rows, [])
         needed: set[BlobKey] = set()
@@ -310,16 +245,12 @@ class _Stored:
     def value(self, key: BlobKey) -> Value | None:
         """Return a stored value, open; None where it cannot be."""
         blob = self._blobs.get(key)
-        if blob is None or blob.data is None or key[:2] not in self._unpackers:
+        if blob is None or blob.data is None:
             return None
         try:
             return self._unpackers[key[:2]].blob(blob)
         except SealError:
             return None
-
-    def packed(self, key: BlobKey) -> Packed:
-        """Return where in its line a stored value stands."""
-        return Packed("", b"", *self._places.get(key, (0, ())))
 
     def base(self, key: BlobKey) -> bytes | None:
         """Return the bytes of a stored value."""

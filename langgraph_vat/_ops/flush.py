@@ -24,6 +24,7 @@ from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import parse_entry
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Row, Session
 from langgraph_vat._ops.compact import Packed, Packing, pack_entries
+from langgraph_vat._ops.patches import made_whole
 from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._records import Entry, Fence, PutEntry
@@ -54,6 +55,8 @@ class _Batch:
     thread_id: str
     journal: list[tuple[bytes, Entry]]
     copies: list[Entry]
+    unread: int = 0
+    """Entries at the journal's end that only a process with the thread's key can read."""
     held: set[bytes] = field(default_factory=set)
 
     @property
@@ -210,7 +213,7 @@ async def _flush_some(
         if is_past and not await holds_epoch(shared, session):
             return None
         fences, mine = await _lock(session, thread_ids, wait=wait)
-        batches = [await _read(shared, hot, thread_id) for thread_id in mine]
+        batches = [await _read(shared, session, hot, t, fences.get(t)) for t in mine]
         born.clear()
         # What was read since may be of the next life of one that exists now. Of the others
         # it is of a life that ended: a fence is there before the first step is taken.
@@ -233,7 +236,7 @@ async def _flush_some(
         shared.counters.flushed_steps += sum(isinstance(e, PutEntry) for e in batch.entries)
         await _finish(shared, backend, hot, batch)
         shared.quarantine.pop(batch.thread_id, None)
-    held = sum(len(batch.held) for batch in batches)
+    held = sum(len(batch.held) + batch.unread for batch in batches)
     return held + (
         await _flush_some(shared, backend, sorted(born), wait=True) if born and wait else 0
     )
@@ -284,7 +287,9 @@ async def _existing(session: Session, thread_ids: Sequence[str]) -> set[str]:
     return {row[0] for row in rows}
 
 
-async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
+async def _read(
+    shared: Shared, session: Session, hot: Hot | None, thread_id: str, fence: Fence | None
+) -> _Batch:
     own = {entry.uid: entry for entry in shared.copies.of(thread_id)}
     if hot is None:
         return _Batch(thread_id, [], list(own.values()))
@@ -296,7 +301,10 @@ async def _read(shared: Shared, hot: Hot | None, thread_id: str) -> _Batch:
     ]
     # A flush that just ended has dropped what it took out of the journal.
     left = [entry for entry in shared.copies.of(thread_id) if entry.uid in own]
-    return _Batch(thread_id, journal, left)
+    entries = [entry for _, entry in journal]
+    whole = await made_whole(shared, session, thread_id, fence, entries, left)
+    ids = (entry_id for entry_id, _ in journal)
+    return _Batch(thread_id, list(zip(ids, whole, strict=False)), left, len(entries) - len(whole))
 
 
 async def _write(

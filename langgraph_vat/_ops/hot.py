@@ -33,6 +33,7 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import (
+    DAMAGES,
     Head,
     mark_pairs,
     needs_pairs,
@@ -266,7 +267,7 @@ def _shown(
         snapshot = _snapshot(thread_id, checkpoint_ns, head) if head.checkpoint_id else None
         is_whole = snapshot is not None or not head.checkpoint_id
         return (Fence.parse(fence.decode()), head, snapshot) if is_whole else None
-    except (KeyError, TypeError, ValueError):
+    except DAMAGES:
         return None
 
 

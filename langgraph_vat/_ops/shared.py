@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot.bases import Bases
@@ -20,12 +21,16 @@ from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.forks import renew_after_fork
 from langgraph_vat._io.protocols import Session
 from langgraph_vat._records import Fence
+from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.errors import SealError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import codec_for
 from langgraph_vat.settings import Settings
 
+# What a codec serializes with where nothing is.
+NO_SERDE = JsonPlusSerializer()
 # Threads whose fence and data key a process remembers.
 _MOST_KNOWN = 10_000
 
@@ -163,6 +168,35 @@ async def recount(shared: Shared, session: Session, thread_id: str) -> None:
     params = {"thread": thread_id, "shown": list(shared.settings.thread_metadata)}
     for statement in sql.RECOUNT_THREAD:
         await session.execute(statement, params)
+
+
+def key_place(thread_id: str, generation: str) -> bytes:
+    """Return what a thread's data key is bound to."""
+    return associated_data("data key", "checkpoint", thread_id, generation)
+
+
+def unwrapped(
+    shared: Shared, thread_id: str, generation: str, wrapped: bytes | None
+) -> DataKey | None:
+    """
+    Return a thread's data key; None if it is not sealed.
+
+    Raises:
+        SealError: It is sealed and this saver is not, or the reverse.
+    """
+    if wrapped is None and shared.keyring is None:
+        return None
+    if shared.keyring is None:
+        msg = f"thread {thread_id!r} is sealed and this saver has no keyring; pass keyring="
+        raise SealError(msg)
+    if wrapped is None:
+        msg = (
+            f"thread {thread_id!r} was written without encryption and this saver has a keyring, so"
+            " it is refused, not trusted. Read it with a saver that has no keyring, or delete it."
+        )
+        raise SealError(msg)
+    bound = key_place(thread_id, generation)
+    return DataKey.unwrap(wrapped, shared.keyring, associated_data=bound)
 
 
 def now() -> float:

@@ -28,7 +28,7 @@ from langgraph_vat._hot.entries import EMPTY_HEAD, head_pairs, sparse, write_pai
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.patches import marked
-from langgraph_vat._ops.shared import Known, Shared, recount
+from langgraph_vat._ops.shared import Known, Shared, key_place, recount, unwrapped
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._ops.values import (
     Unpacker,
@@ -39,10 +39,8 @@ from langgraph_vat._ops.values import (
     with_sends,
 )
 from langgraph_vat._records import Blob, Core, Fence, Snapshot, Write
-from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import SealError
 
 # A live process changes a thread's history within this time, in seconds.
 _CLOSED_PAUSE_S = 0.05
@@ -66,7 +64,7 @@ async def find(shared: Shared, backend: Backend, thread_id: str, *, create: bool
         shared.threads.forget(thread_id)
         return None
     fence, wrapped = found
-    known = Known(fence, _unwrap(shared, thread_id, fence.generation, wrapped))
+    known = Known(fence, unwrapped(shared, thread_id, fence.generation, wrapped))
     shared.threads.set(thread_id, known)
     return known
 
@@ -92,7 +90,7 @@ async def _add(
     generation = str(uuid.uuid4())
     wrapped = None
     if is_sealed and shared.keyring is not None:
-        bound = _bound(thread_id, generation)
+        bound = key_place(thread_id, generation)
         wrapped = DataKey.generate().wrap(shared.keyring, associated_data=bound)
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
     added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
@@ -109,28 +107,6 @@ async def recount_alone(shared: Shared, backend: Backend, thread_id: str) -> Non
         await recount(shared, session, thread_id)
 
     await backend.durable.transact(body)
-
-
-def _bound(thread_id: str, generation: str) -> bytes:
-    return associated_data("data key", "checkpoint", thread_id, generation)
-
-
-def _unwrap(
-    shared: Shared, thread_id: str, generation: str, wrapped: bytes | None
-) -> DataKey | None:
-    if wrapped is None and shared.keyring is None:
-        return None
-    if shared.keyring is None:
-        msg = f"thread {thread_id!r} is sealed and this saver has no keyring; pass keyring="
-        raise SealError(msg)
-    if wrapped is None:
-        msg = (
-            f"thread {thread_id!r} was written without encryption and this saver has a keyring, so"
-            " it is refused, not trusted. Read it with a saver that has no keyring, or delete it."
-        )
-        raise SealError(msg)
-    bound = _bound(thread_id, generation)
-    return DataKey.unwrap(wrapped, shared.keyring, associated_data=bound)
 
 
 async def fill(

@@ -25,7 +25,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import TASKS
 
-from langgraph_vat._durable.packing import damaged, is_packed, unpack
+from langgraph_vat._durable.packing import damaged, is_packed, is_patch, unpack
 from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
@@ -226,14 +226,16 @@ class Unpacker:
             raise damaged()  # a base that is empty
         place = blob_place(self._ns, blob.channel, blob.version)
         type_, data = self._codec.open(blob.type, blob.data, *place)
-        base = self._base(blob.channel, blob.base)
+        if blob.base and not is_patch(type_):
+            raise damaged()
+        base = self.base(blob.channel, blob.base)
         return unpack(type_, data, base, is_base=is_base)
 
     def write(self, checkpoint_id: str, write: Write) -> tuple[str, bytes]:
         """Return the value of a pending write, as it was serialized."""
         place = write_place(self._ns, checkpoint_id, write)
         type_, data = self._codec.open(write.type, write.data, *place)
-        return unpack(type_, data, self._base(write.channel, write.base))
+        return unpack(type_, data, self.base(write.channel, write.base))
 
     def load_blob(self, blob: Blob) -> Any:
         """Return the value of a channel that is not empty."""
@@ -243,7 +245,8 @@ class Unpacker:
         """Return the value of a pending write."""
         return self._codec.parse(*self.write(checkpoint_id, write))
 
-    def _base(self, channel: str, version: str) -> bytes | None:
+    def base(self, channel: str, version: str) -> bytes | None:
+        """Return the bytes of what values build on; None if it is not there."""
         key = channel, version
         if key not in self._opened:
             self._opened[key] = None  # what builds on itself finds nothing
