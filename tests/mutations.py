@@ -574,7 +574,7 @@ MUTATIONS = [
         "_ops/compact.py",
         "        if key in bases:\n            line.versions = []\n",
         "",
-        "test_rewrite.py::test_steps_go_on_while_it_runs",
+        "test_rewrite.py::test_what_others_build_on_stays_whole",
     ),
     Mutation(
         "a step waits no longer than flush_after",

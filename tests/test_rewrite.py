@@ -177,6 +177,27 @@ def test_steps_go_on_while_it_runs(postgres_url, redis_url, monkeypatch):
             assert saver.get_tuple(one.config).checkpoint == one.checkpoint
 
 
+def test_what_others_build_on_stays_whole(postgres_url):
+    text, config, version, known = " ".join(WORDS), at("t", ""), None, {}
+    # The last value builds on the second one, which is whole and loose.
+    for storage, steps in (("compatible", 2), ("compact", 1)):
+        with HybridSaver.from_conn_string(postgres_url, storage=storage) as saver:
+            for _ in range(steps):
+                text += " and more"
+                checkpoint, version = empty_checkpoint(), saver.get_next_version(version, None)
+                checkpoint["channel_values"] = {"x": text}
+                checkpoint["channel_versions"] = {"x": version}
+                config = saver.put(config, checkpoint, {}, {"x": version})
+                known[checkpoint["id"]] = text
+    with HybridSaver.from_conn_string(postgres_url) as saver:
+        for storage in ("compact", "compatible", "compact"):
+            assert saver.threads.rewrite(storage).left == 0
+            found = {
+                s.checkpoint["id"]: s.checkpoint["channel_values"] for s in saver.list(at("t"))
+            }
+            assert found == {checkpoint_id: {"x": value} for checkpoint_id, value in known.items()}
+
+
 def test_what_cannot_be_opened_is_left_and_counted(postgres_url):
     keyring = Keyring.generate()
     with HybridSaver.from_conn_string(postgres_url, keyring=keyring) as saver:
