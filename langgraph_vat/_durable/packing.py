@@ -45,10 +45,11 @@ _RUN = struct.Struct(">QB")
 _MOST_RUNS = 16
 _MOST_BETWEEN = 16
 _AGAIN = 32
-# A dictionary must have some bytes, and in a very large one Zstandard finds little.
+# A dictionary must have some bytes; it costs as much as it is long, and in a very large
+# one Zstandard finds little.
 _MIN_KNOWN = 64
 _MOST_KNOWN = 3 * 2**18
-_LEAST_KNOWN = 2**16
+_BEFORE = 2**16
 _KNOWN_TIMES = 64
 _FEW = 16
 # Larger than any value that Postgres can hold in a row.
@@ -98,9 +99,10 @@ def _patch(data: bytes, base: bytes) -> bytes:
     runs, new, at = _runs(data, base)
     end = _common_end(data, base, at)
     rest = b"".join((*new, data[at : len(data) - end]))
-    # What is new resembles what stands before it; a dictionary costs as much as it is long.
+    # What is new resembles what it replaces, and what stands before it.
     stop = len(base) - end
-    known = max(0, stop - min(max(_KNOWN_TIMES * len(rest), _LEAST_KNOWN), _MOST_KNOWN))
+    most = min(max(_KNOWN_TIMES * len(rest), _BEFORE), _MOST_KNOWN)
+    known = max(0, at - _BEFORE, stop - most)
     header = _HEADER.pack(_digest(data), known, end, len(runs))
     frame = _compressor(rest, base[known:stop]).compress(rest)
     return b"".join((header, *(_RUN.pack(*run) for run in runs), frame))
