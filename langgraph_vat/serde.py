@@ -14,6 +14,7 @@ with it: the keyring is asked once, not once a message.
 
 import copy
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -50,8 +51,8 @@ class EncryptedSerializer(SerializerProtocol):
     def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
         """Serialize `obj` and seal it; the tag ends in ``+aes256gcm``."""
         type_, data = self.serde.dumps_typed(obj)
-        bound = associated_data("serializer", type_)
-        return type_ + SUFFIX, self._prefix + self._data_key.seal(data, associated_data=bound)
+        sealed = self._data_key.seal(data, associated_data=_bound(type_))
+        return type_ + SUFFIX, self._prefix + sealed
 
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
         """
@@ -64,10 +65,13 @@ class EncryptedSerializer(SerializerProtocol):
         type_, message = data
         inner = opened_type(type_)
         message = message or b""
-        length = 2 + int.from_bytes(message[:2])
-        key = self._key(bytes(message[2:length]))
-        bound = associated_data("serializer", inner)
-        return self.serde.loads_typed((inner, key.open(message[length:], associated_data=bound)))
+        if message[: len(self._prefix)] == self._prefix:
+            key, length = self._data_key, len(self._prefix)
+        else:
+            length = 2 + int.from_bytes(message[:2])
+            key = self._key(bytes(message[2:length]))
+        sealed = memoryview(message)[length:]
+        return self.serde.loads_typed((inner, key.open(sealed, associated_data=_bound(inner))))
 
     def with_msgpack_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Self:
         """Return a serializer that admits more types; this one if nothing changes."""
@@ -88,6 +92,11 @@ class EncryptedSerializer(SerializerProtocol):
             key = DataKey.unwrap(wrapped, self.keyring, associated_data=_WRAPPED_FOR)
             self._opened[wrapped] = key
         return key
+
+
+@lru_cache(maxsize=64)
+def _bound(type_: str) -> bytes:
+    return associated_data("serializer", type_)
 
 
 def codec_for(serde: SerializerProtocol, data_key: DataKey | None, *base: str) -> Codec:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
-from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.associated_data import encoded
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import InvalidInputError, SealError
 
@@ -96,7 +96,8 @@ class SealedCodec:
     def __init__(self, serde: SerializerProtocol, data_key: DataKey, *base: str) -> None:
         self._serde = serde
         self._data_key = data_key
-        self._base = base
+        self._parts = len(base) + 1  # and the type
+        self._base = encoded(*base)
 
     def dump(self, value: Any, *place: str) -> tuple[str, bytes]:
         """Serialize and seal."""
@@ -108,14 +109,16 @@ class SealedCodec:
 
     def seal(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
         """Encrypt."""
-        bound = associated_data(*self._base, *place, type_)
-        return type_ + SUFFIX, self._data_key.seal(data, associated_data=bound)
+        return type_ + SUFFIX, self._data_key.seal(data, associated_data=self._bound(place, type_))
 
     def open(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
         """Authenticate and decrypt."""
         inner = opened_type(type_)
-        bound = associated_data(*self._base, *place, inner)
-        return inner, self._data_key.open(data, associated_data=bound)
+        return inner, self._data_key.open(data, associated_data=self._bound(place, inner))
+
+    def _bound(self, place: tuple[str, ...], type_: str) -> bytes:
+        number = self._parts + len(place)
+        return b"".join((number.to_bytes(4), self._base, encoded(*place, type_)))
 
     def parse(self, type_: str, data: bytes) -> Any:
         """Deserialize."""

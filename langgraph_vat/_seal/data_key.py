@@ -81,7 +81,7 @@ class DataKey:
         sealed = self._cipher.encrypt(nonce, plaintext, self._header + associated_data)
         return b"".join((self._header, nonce, sealed))
 
-    def open(self, sealed: bytes, *, associated_data: bytes) -> bytes:
+    def open(self, sealed: bytes | memoryview, *, associated_data: bytes) -> bytes:
         """
         Return the plaintext of what `seal` returned for the same `associated_data`.
 
