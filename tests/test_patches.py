@@ -5,7 +5,6 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
-import ormsgpack
 import psycopg
 import pytest
 import redis
@@ -371,14 +370,3 @@ def test_threads_without_large_values_are_not_remembered(process):
     for number in range(20):
         put_as(saver, at(f"t{number}"), "1", "small")
     assert not saver._shared.bases._threads
-
-
-def test_a_head_of_another_shape_is_read_from_postgres(process, client):
-    saver = process()
-    _, known = grow(saver, None, [text(LARGE)], 2)
-    saver.flush()
-    head = saver._shared.keys.head("t", "")
-    core = ormsgpack.unpackb(client.hget(head, "c"))
-    for damaged in (b'{"channel_versions": []}', b"[]", b"{", b""):
-        client.hset(head, "c", ormsgpack.packb([damaged, *core[1:]]))
-        assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == list(known.values())[-1]

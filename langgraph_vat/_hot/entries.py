@@ -11,10 +11,10 @@ twice. Fields:
 ``f``                 fence; in a head ``@`` and the epoch follow
 ``s`` ``i``           namespace, checkpoint id
 ``p`` ``r`` ``e``     parent checkpoint id, run id, epoch
-``c``                 packed `Core`
+``c``                 packed `Core`, summed with namespace, checkpoint id and parent
 ``q`` ``d``           packed `kept` and `needs`
 ``n:CHANNEL``         version of a channel
-``b:CHANNEL``         its value: type, NUL, bytes; nothing where it is empty
+``b:CHANNEL``         its value, summed with the version: type, NUL, bytes; nothing if it is empty
 ``m:CHANNEL``         a random mark of that value; nothing of a small one
 ``a:CHANNEL``         packed: a patch's version, base, mark of the base, type, bytes; in a
                       head it counts if that is the version, and the mark of ``b:``
@@ -23,12 +23,17 @@ twice. Fields:
 ``o``                 packed: the pairs of an entry that is big or has many
 ``l``                 the head holds values that Postgres has no blobs for
 ``z``                 the head is sparse: versions only, no values; reads go past it
+``h``                 of a head: how many other fields it has; of an entry: their sum
 ====================  =====================================================
+
+What is *summed* has a CRC-32 of itself and its field's name in front. It tells
+what was cut, emptied or mixed up; against who means it, there is sealing.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
 import ormsgpack
 
@@ -41,6 +46,7 @@ Pairs = list[bytes]
 DAMAGES = (AttributeError, KeyError, TypeError, ValueError)
 # Fields of a sparse head, beside the versions.
 _SPARSE = frozenset((b"i", b"p", b"l"))
+_SUM_BYTES = 4
 
 
 def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
@@ -68,6 +74,16 @@ def packed(pairs: Pairs) -> Pairs:
     return [b"o", ormsgpack.packb(pairs)]
 
 
+def sum_pair(entry: Entry, pairs: Pairs) -> Pairs:
+    """Return the pair that an entry is checked by; `pairs` are those that a script gets whole."""
+    first = [b"f", entry.fence.text.encode(), b"i", entry.checkpoint_id.encode()]
+    if isinstance(entry, PutEntry):
+        first = [b"k", b"put", *first, b"p", entry.parent_id.encode()]
+    else:
+        first = [b"k", b"writes", *first]
+    return [b"h", _sum(ormsgpack.packb(first + pairs))]
+
+
 def needs_pairs(entry: PutEntry) -> Pairs:
     """Return the head fields that a delta relies on."""
     return [
@@ -87,8 +103,8 @@ def mark_pairs(entry: PutEntry) -> Pairs:
 
 def head_pairs(snapshot: Snapshot, core: Core) -> Pairs:
     """Return the pairs of the head that shows `snapshot`."""
-    pairs = [b"i", snapshot.checkpoint_id.encode(), b"p", snapshot.parent_id.encode()]
-    pairs += [b"c", pack_core(core)]
+    where = (snapshot.checkpoint_ns, snapshot.checkpoint_id, snapshot.parent_id)
+    pairs = [b"i", where[1].encode(), b"p", where[2].encode(), b"c", pack_core(core, *where)]
     pairs += _blob_pairs(snapshot.blobs)
     pairs += write_pairs(snapshot.checkpoint_id, snapshot.writes)
     if snapshot.inline:
@@ -96,18 +112,19 @@ def head_pairs(snapshot: Snapshot, core: Core) -> Pairs:
     return pairs
 
 
-# The pairs of the head of a namespace that is known to hold no checkpoint.
-EMPTY_HEAD = [b"i", b""]
+def empty_head(checkpoint_ns: str) -> Pairs:
+    """Return the pairs of the head of a namespace that is known to hold no checkpoint."""
+    return [b"i", b"", b"p", b"", b"c", _summed(b"", *_core_place(checkpoint_ns, "", ""))]
 
 
-def pack_core(core: Core) -> bytes:
+def pack_core(core: Core, checkpoint_ns: str, checkpoint_id: str, parent_id: str) -> bytes:
     """Pack a core into one value."""
-    return ormsgpack.packb(tuple(core))
+    place = _core_place(checkpoint_ns, checkpoint_id, parent_id)
+    return _summed(ormsgpack.packb(tuple(core)), *place)
 
 
-def unpack_core(packed: bytes) -> Core:
-    """Unpack what `pack_core` packed."""
-    return Core(*_typed(packed, (bytes, bytes, str, bytes)))
+def _core_place(*where: str) -> list[bytes]:
+    return [b"c", *(one.encode() for one in where)]
 
 
 def parse_entry(fields: Sequence[bytes]) -> Entry:
@@ -128,6 +145,9 @@ def parse_entry(fields: Sequence[bytes]) -> Entry:
 
 def _parse_entry(fields: Sequence[bytes]) -> Entry:
     found = _mapping(fields)
+    others = [part for pair in found.items() if pair[0] != b"h" for part in pair]
+    if found[b"h"] != _sum(ormsgpack.packb(others)):
+        raise ValueError("damaged")
     if inner := found.get(b"o"):
         found |= _mapping(ormsgpack.unpackb(inner))
     where: dict[str, Any] = {
@@ -140,10 +160,11 @@ def _parse_entry(fields: Sequence[bytes]) -> Entry:
     if found[b"k"] == b"writes":
         epoch = int(found[b"e"])
         return WritesEntry(**where, epoch=epoch, writes=_parse_writes(found))
+    parent_id = found[b"p"].decode()
     return PutEntry(
         **where,
-        parent_id=found[b"p"].decode(),
-        core=unpack_core(found[b"c"]),
+        parent_id=parent_id,
+        core=_core(found, where["checkpoint_ns"], where["checkpoint_id"], parent_id),
         blobs=_parse_blobs(found),
         kept=frozenset(ormsgpack.unpackb(found[b"q"])),
         needs=tuple((channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])),
@@ -153,19 +174,16 @@ def _parse_entry(fields: Sequence[bytes]) -> Entry:
 class Head:
     """A head as Redis returned it."""
 
-    def __init__(self, fields: Sequence[bytes]) -> None:
+    def __init__(self, checkpoint_ns: str, fields: Sequence[bytes]) -> None:
         self._fields = _mapping(fields)
+        if int(self._fields[b"h"]) != len(self._fields) - 1:
+            raise ValueError("damaged")
         self.checkpoint_id = self._fields[b"i"].decode()
-
-    @property
-    def parent_id(self) -> str:
-        """Id of the parent checkpoint, or an empty string."""
-        return self._fields[b"p"].decode()
-
-    @property
-    def core(self) -> Core:
-        """The checkpoint without its values."""
-        return unpack_core(self._fields[b"c"])
+        self.parent_id = self._fields[b"p"].decode()
+        where = (checkpoint_ns, self.checkpoint_id, self.parent_id)
+        self.core = _core(self._fields, *where) if self.checkpoint_id else None
+        if self.core is None:
+            _checked(self._fields[b"c"], *_core_place(*where))
 
     @cached_property
     def blobs(self) -> tuple[Blob, ...]:
@@ -209,11 +227,14 @@ def _blob_pairs(blobs: Iterable[Blob]) -> Iterable[bytes]:
         channel = blob.channel.encode()
         yield from (b"n:" + channel, blob.version.encode())
         if blob.base:
+            field = b"a:" + channel
             patch = ormsgpack.packb((blob.version, blob.base, blob.mark, blob.type, blob.data))
-            yield from (b"a:" + channel, patch)
+            yield from (field, _summed(patch, field))
         else:
+            field = b"b:" + channel
             value = b"" if blob.data is None else blob.type.encode() + b"\0" + blob.data
-            yield from (b"b:" + channel, value, b"m:" + channel, blob.mark)
+            yield from (field, _summed(value, field, blob.version.encode()))
+            yield from (b"m:" + channel, blob.mark)
 
 
 def _parse_blobs(found: dict[bytes, bytes]) -> tuple[Blob, ...]:
@@ -227,9 +248,10 @@ def _parse_blobs(found: dict[bytes, bytes]) -> tuple[Blob, ...]:
 
 def _parse_patch(found: dict[bytes, bytes], channel: str, version: str) -> Blob | None:
     """Return the patch that leads to a version, if there is one."""
-    patch = found.get(b"a:" + channel.encode())
-    if patch is None:
+    field = b"a:" + channel.encode()
+    if field not in found:
         return None
+    patch = _checked(found[field], field)
     leads_to, base, mark, type_, data = _typed(patch, (str, str, bytes, str, bytes))
     # What is stored whole later leaves an older patch where it is.
     counts = leads_to == version and found.get(b"m:" + channel.encode(), mark) == mark
@@ -237,7 +259,9 @@ def _parse_patch(found: dict[bytes, bytes], channel: str, version: str) -> Blob 
 
 
 def _parse_whole(found: dict[bytes, bytes], channel: str, version: str) -> Blob:
-    type_, separator, data = found[b"b:" + channel.encode()].partition(b"\0")
+    field = b"b:" + channel.encode()
+    value = _checked(found[field], field, version.encode())
+    type_, separator, data = value.partition(b"\0")
     return Blob(channel, version, type_.decode(), data if separator else None)
 
 
@@ -251,16 +275,39 @@ def write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
     prefix = _write_prefix(checkpoint_id)
     for write in writes:
         kind = b"w" if write.idx >= 0 else b"x"
-        yield kind + prefix + b"%d:" % write.idx + write.task_id.encode()
-        yield ormsgpack.packb(write[:6])  # what Redis has is whole
+        field = kind + prefix + b"%d:" % write.idx + write.task_id.encode()
+        yield field
+        yield _summed(ormsgpack.packb(write[:6]), field)  # what Redis has is whole
 
 
 def _parse_writes(found: dict[bytes, bytes]) -> tuple[Write, ...]:
     return tuple(
-        Write(*_typed(value, (str, int, str, str, str, bytes)))
+        Write(*_typed(_checked(value, field), (str, int, str, str, str, bytes)))
         for field, value in found.items()
         if field[:2] in (b"w:", b"x:")
     )
+
+
+def _core(found: dict[bytes, bytes], *where: str) -> Core:
+    packed = _checked(found[b"c"], *_core_place(*where))
+    return Core(*_typed(packed, (bytes, bytes, str, bytes)))
+
+
+def _sum(data: bytes, *place: bytes) -> bytes:
+    return crc32(data, crc32(b"\0".join(place))).to_bytes(_SUM_BYTES)
+
+
+def _summed(data: bytes, *place: bytes) -> bytes:
+    """Return a value with the sum of itself and of where it belongs in front."""
+    return _sum(data, *place) + data
+
+
+def _checked(summed: bytes, *place: bytes) -> bytes:
+    """Return what `_summed` summed; `ValueError` where it is something else by now."""
+    data = summed[_SUM_BYTES:]
+    if summed[:_SUM_BYTES] != _sum(data, *place):
+        raise ValueError("damaged")
+    return data
 
 
 def _typed(packed: bytes, kinds: Sequence[type]) -> list[Any]:

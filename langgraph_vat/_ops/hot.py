@@ -12,7 +12,7 @@ reason to take a longer way and try again:
            whole
 `open`     Redis does not know the thread, or its head: fill from Postgres
 `closing`  the thread's history is being changed: wait
-`stale`    the thread has another fence: learn it, or refuse a late write
+`stale`    Redis knows the thread by another fence: fill, too; or refuse a late write
 =========  ==================================================================
 
 A step is acknowledged when it is in Redis and among this process's own
@@ -41,6 +41,7 @@ from langgraph_vat._hot.entries import (
     packed,
     put_pairs,
     sparse,
+    sum_pair,
     writes_pairs,
 )
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
@@ -50,7 +51,7 @@ from langgraph_vat._ops.shared import Known, Shared, now
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
-from langgraph_vat._records import Entry, Fence, PutEntry, Snapshot, WritesEntry
+from langgraph_vat._records import Core, Entry, Fence, PutEntry, Snapshot, WritesEntry
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import (
     ConflictError,
@@ -137,14 +138,12 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
         if answer == b"whole":
             await _require_parent(shared, backend, new)
             mode = "whole"
-        elif answer == b"open":
+        elif answer in (b"open", b"stale"):
             opened += 1
             # Others keep changing the thread: leave its head to a reader.
             is_enough = opened > _MOST_OPENED and shared.settings.on_conflict == "fork"
             mode = "headless" if is_enough else mode
             known = await _open(shared, backend, serde, new, known)
-        elif answer == b"stale":
-            known = await _renew(shared, backend, new, known)
     raise _busy(new.thread_id)
 
 
@@ -180,10 +179,8 @@ async def put_writes(
         answer, detail = await _send(shared, backend, new.thread_id, entry, _writes_call(entry))
         if answer == b"ok":
             return await _acknowledge(shared, backend, new.thread_id, entry, detail)
-        if answer == b"open":
+        if answer in (b"open", b"stale"):
             known = await _open(shared, backend, serde, new, known)
-        elif answer == b"stale":
-            known = await _renew(shared, backend, new, known)
     raise _busy(new.thread_id)
 
 
@@ -263,9 +260,9 @@ def _shown(
 ) -> tuple[Fence, Head, Snapshot | None] | None:
     """Return what a head shows, if it is not damaged and its parts belong together."""
     try:
-        head = Head(fields)
-        snapshot = _snapshot(thread_id, checkpoint_ns, head) if head.checkpoint_id else None
-        is_whole = snapshot is not None or not head.checkpoint_id
+        head = Head(checkpoint_ns, fields)
+        snapshot = _snapshot(thread_id, checkpoint_ns, head, head.core) if head.core else None
+        is_whole = snapshot is not None or head.core is None
         return (Fence.parse(fence.decode()), head, snapshot) if is_whole else None
     except DAMAGES:
         return None
@@ -280,12 +277,12 @@ def _is_behind(shared: Shared, thread_id: str, checkpoint_ns: str, checkpoint_id
     )
 
 
-def _snapshot(thread_id: str, checkpoint_ns: str, head: Head) -> Snapshot | None:
+def _snapshot(thread_id: str, checkpoint_ns: str, head: Head, core: Core) -> Snapshot | None:
     """Return what a head shows; None where its parts do not belong together."""
-    core, blobs = head.core, head.blobs
     checkpoint = orjson.loads(core.checkpoint)
     versions = {channel: str(v) for channel, v in checkpoint["channel_versions"].items()}
-    found = {blob.channel: blob for blob in blobs if versions.get(blob.channel) == blob.version}
+    shown = (blob for blob in head.blobs if versions.get(blob.channel) == blob.version)
+    found = {blob.channel: blob for blob in shown}
     if len(found) < len(versions):
         return None
     return Snapshot(
@@ -339,10 +336,12 @@ def _put_call(codec: Codec, entry: PutEntry, mode: str, *, is_patched: bool) -> 
         sent = to_send(shared, codec, thread_id, entry, is_patched=is_patched)
         needs, marks = needs_pairs(sent), mark_pairs(sent)
         own, both = put_pairs(sent)
-        core = pack_core(entry.core)
+        where = (entry.checkpoint_ns, entry.checkpoint_id, entry.parent_id)
+        core = pack_core(entry.core, *where)
         is_big = _is_big(shared, core, *both)
         if is_big:
             own, both = own + packed(both), sparse(both)
+        own += sum_pair(entry, [b"c", core, *own, *([] if is_big else both)])
         args: list[Arg] = [
             thread_id, entry.fence.text, shared.epoch, mode, shared.settings.head_ttl_s,
             entry.checkpoint_id, entry.parent_id, core, int(is_big),
@@ -366,6 +365,7 @@ def _writes_call(entry: WritesEntry) -> Call:
         is_big = _is_big(shared, *both)
         if is_big:
             own, both = own + packed(both), []
+        own += sum_pair(entry, own + both)
         args: list[Arg] = [
             thread_id, entry.fence.text, entry.epoch, shared.settings.head_ttl_s,
             entry.checkpoint_id, int(is_big), len(own), *own, *both,

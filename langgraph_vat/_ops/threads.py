@@ -24,7 +24,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import to_blob, to_snapshot
 from langgraph_vat._hot import scripts
-from langgraph_vat._hot.entries import EMPTY_HEAD, head_pairs, sparse, write_pairs
+from langgraph_vat._hot.entries import empty_head, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.patches import marked
@@ -145,7 +145,7 @@ async def fill(
         if ticket is None:
             continue
         codec = known.codec(serde, thread_id)
-        pairs, held = _pairs(codec, snapshot)
+        pairs, held = _pairs(codec, checkpoint_ns, snapshot)
         pairs += await _early_writes(backend, codec, thread_id, checkpoint_ns, snapshot)
         if sum(map(len, pairs)) > shared.settings.max_head_bytes:
             pairs, held = [*sparse(pairs), b"z", b"1"], {}
@@ -202,10 +202,12 @@ async def _early_writes(
     return pairs
 
 
-def _pairs(codec: Codec, snapshot: Snapshot | None) -> tuple[list[bytes], dict[str, Blob]]:
+def _pairs(
+    codec: Codec, checkpoint_ns: str, snapshot: Snapshot | None
+) -> tuple[list[bytes], dict[str, Blob]]:
     """Return the head that shows what Postgres has, and the values that it holds."""
     if snapshot is None:
-        return [*EMPTY_HEAD], {}
+        return empty_head(checkpoint_ns), {}
     refuse_plaintext(snapshot, codec)
     snapshot = _complete(unpacked(with_sends(snapshot, codec), codec), codec)
     blobs = tuple(map(marked, snapshot.blobs))

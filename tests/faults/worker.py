@@ -39,6 +39,7 @@ from langgraph_vat import HybridSaver, ThreadDeletedError, VatError  # noqa: E40
 from tests.faults.checker import digest  # noqa: E402
 
 TURNS = 8
+LARGE = 0.15
 SHARED = 4
 
 
@@ -146,7 +147,7 @@ class State(TypedDict):
 def _graph(saver: Saver) -> Any:
     # A thread that another worker deletes before it is resumed begins without values.
     def first(state: State) -> Any:
-        return {"log": ["x" * state.get("size", 0)]}
+        return {"log": [str(state.get("size", 0)) * (state.get("size", 0) // 4)]}
 
     def ask(state: State) -> Any:
         return {"log": [interrupt("?")] if state.get("size", 1) % 3 == 0 else []}
@@ -160,6 +161,11 @@ def _graph(saver: Saver) -> Any:
     return builder.compile(checkpointer=saver)
 
 
+def _size(rng: random.Random) -> int:
+    # A log with something large in it travels as a patch from then on.
+    return rng.randrange(16_000, 40_000) if rng.random() < LARGE else rng.randrange(300)
+
+
 async def _turn(face: Any, saver: Saver, rng: random.Random, thread: str) -> None:
     config: Any = {"configurable": {"thread_id": thread}}
     start = time.monotonic_ns()
@@ -167,7 +173,7 @@ async def _turn(face: Any, saver: Saver, rng: random.Random, thread: str) -> Non
         if rng.random() < 0.04:
             await face.delete_thread(thread)
             return
-        state = {"thread": thread, "log": [], "size": rng.randrange(300)}
+        state = {"thread": thread, "log": [], "size": _size(rng)}
         done = await face.invoke(state, config, rng.choice(["sync", "async"]))
         if "__interrupt__" in done:
             await face.invoke(Command(resume="yes"), config, None)
@@ -210,12 +216,13 @@ async def _talk(face: Any, saver: Saver, seed: str, stop: threading.Event) -> No
     rng = random.Random(seed)
     for number in itertools.count():
         own = f"{ORDER.name}-{seed}-{number}"
-        for _ in range(TURNS):
+        is_brief = number % 4 == 0  # so that the shortest of runs deletes some
+        for _ in range(2 if is_brief else TURNS):
             if stop.is_set():
                 return
             shared = f"shared-{rng.randrange(SHARED)}-{int(time.monotonic()) // 20}"
             await _turn(face, saver, rng, shared if rng.random() < 0.2 else own)
-        if not ORDER.keeps:
+        if is_brief or not ORDER.keeps:
             with suppress(VatError):
                 await face.delete_thread(own)
 

@@ -19,10 +19,19 @@ local function starts(text, prefix)
 end
 
 -- HSET of any number of fields: unpack takes no more than some thousands.
+-- Returns how many are new.
 local function set(key, values)
+  local added = 0
   for from = 1, #values, 1000 do
-    redis.call('HSET', key, unpack(values, from, math.min(from + 999, #values)))
+    added = added + redis.call('HSET', key, unpack(values, from, math.min(from + 999, #values)))
   end
+  return added
+end
+
+-- Notes that a head has so many fields more. It is counted, not looked up:
+-- a field that went another way shall be missed.
+local function count(head, added)
+  redis.call('HSET', head, 'h', (tonumber(redis.call('HGET', head, 'h')) or 0) + added)
 end
 
 -- Leaves of a head what later puts must agree with: it is written, and not read.

@@ -9,9 +9,8 @@ if redis.call('XLEN', KEYS[3]) > 0 then return {'refused'} end
 redis.call('HSET', meta, 'f', ARGV[2], 'e', ARGV[3], 'n', 0)
 redis.call('EXPIRE', meta, ARGV[4])
 redis.call('DEL', head)
-local values = {}
-for at = 5, #ARGV do values[at - 4] = ARGV[at] end
-set(head, values)
-redis.call('HSET', head, 'f', mark(ARGV[2], ARGV[3]))
+local values = {'f', mark(ARGV[2], ARGV[3])}
+for at = 5, #ARGV do values[at - 2] = ARGV[at] end
+count(head, set(head, values))
 redis.call('EXPIRE', head, ARGV[4])
 return {'ok'}

@@ -44,15 +44,16 @@ local entry = append(meta, journal, dirty, thread, ttl, fields)
 if mode == 'headless' then
   redis.call('DEL', head)
 elseif newest then
+  local added = 0
   -- Writes that came before their checkpoint stay, this one's and later ones'.
   for _, field in ipairs(redis.call('HKEYS', head)) do
     local length = field:match('^[wx]:(%d+):')
-    local stays = mode == 'delta'
+    local stays = mode == 'delta' or field == 'h'
     if length then
       local from = #length + 4
       stays = not less(field:sub(from, from + length - 1), id)
     end
-    if not stays then redis.call('HDEL', head, field) end
+    if not stays then added = added - redis.call('HDEL', head, field) end
   end
   local values = {'f', mark(fence, epoch), 'i', id, 'p', parent}
   if not sparse then values[7], values[8] = 'c', core end
@@ -61,9 +62,11 @@ elseif newest then
       values[#values + 1], values[#values + 2] = ARGV[at], ARGV[at + 1]
     end
   end
-  set(head, values)
+  count(head, added + set(head, values))
   if sparse then make_sparse(head) end
   redis.call('EXPIRE', head, ttl)
 end
+local steps = (tonumber(redis.call('HGET', meta, 'n')) or 0) + 1
+redis.call('HSET', meta, 'n', steps)
 -- Last, whether the head has the values now.
-return {'ok', entry, redis.call('HINCRBY', meta, 'n', 1), newest and not sparse and 1 or 0}
+return {'ok', entry, steps, newest and not sparse and 1 or 0}

@@ -20,14 +20,13 @@ local entry = append(meta, journal, dirty, thread, ttl, fields)
 if belongs and big then
   make_sparse(head)
 elseif belongs and not state[3] then
+  local added = 0
   for at = shared, #ARGV, 2 do
     -- w: the first write of an index stays; x: the last one of a special channel does.
-    if starts(ARGV[at], 'w:') then
-      redis.call('HSETNX', head, ARGV[at], ARGV[at + 1])
-    else
-      redis.call('HSET', head, ARGV[at], ARGV[at + 1])
-    end
+    local set_one = starts(ARGV[at], 'w:') and 'HSETNX' or 'HSET'
+    added = added + redis.call(set_one, head, ARGV[at], ARGV[at + 1])
   end
+  count(head, added)
   redis.call('EXPIRE', head, ttl)
 end
-return {'ok', entry, tonumber(redis.call('HGET', meta, 'n') or 0)}
+return {'ok', entry, tonumber(redis.call('HGET', meta, 'n')) or 0}

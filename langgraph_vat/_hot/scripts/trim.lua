@@ -16,8 +16,9 @@ else
   local fence = redis.call('HGET', meta, 'f')
   if not (fence and starts(fence, 'closing:')) then redis.call('ZREM', dirty, ARGV[1]) end
 end
-if redis.call('HEXISTS', meta, 'n') == 1 then
-  local left = first and math.max(0, redis.call('HGET', meta, 'n') - steps) or 0
+local waiting = redis.call('HGET', meta, 'n')
+if waiting then
+  local left = first and math.max(0, (tonumber(waiting) or 0) - steps) or 0
   redis.call('HSET', meta, 'n', left)
 end
 return {'ok'}

@@ -1,0 +1,173 @@
+"""
+Whatever becomes of what Redis holds, nobody is shown it: Postgres answers, or an error.
+
+Nothing is sealed here: what notices are sums and counts. They are no
+signatures; who means to deceive is stopped by sealing (test_tampering).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ormsgpack
+import pytest
+import redis
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.base.id import uuid6
+
+from langgraph_vat import HybridSaver, RefusedError
+from langgraph_vat._hot.entries import pack_core
+from langgraph_vat._records import Core
+
+LARGE = "x" * 20_000  # travels as a patch when it grows
+
+
+@pytest.fixture
+def process(postgres_url, redis_url) -> Iterator[Any]:
+    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
+    made: list[HybridSaver] = []
+
+    def start() -> HybridSaver:
+        options: Any = {"redis": redis_url, "flush_every": 50, "flush_after": 600.0}
+        saver = HybridSaver.from_conn_string(postgres_url, **options)
+        saver._life._flusher.stop()
+        saver.setup()
+        made.append(saver)
+        return saver
+
+    yield start
+    for saver in made:
+        kill(saver)
+        saver.close()
+
+
+@pytest.fixture
+def client(redis_url):
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+def kill(saver: HybridSaver) -> None:
+    saver._shared.copies._threads.clear()
+
+
+def at(thread: str = "t", namespace: str = "") -> Any:
+    return {"configurable": {"thread_id": thread, "checkpoint_ns": namespace}}
+
+
+def put(saver: HybridSaver, config: Any, number: int) -> Any:
+    values = {"small": number, "large": LARGE + "y" * number, "text": "word"}
+    versions = {channel: saver.get_next_version(None, None) for channel in values}
+    checkpoint = {**empty_checkpoint(), "id": str(uuid6()), "channel_values": values}
+    checkpoint["channel_versions"] = {**versions, "none": "1"}
+    config = saver.put(config, checkpoint, {"step": number}, {**versions, "none": "1"})
+    saver.put_writes(config, [("small", number), ("large", LARGE)], "task")
+    return config
+
+
+def grow(saver: HybridSaver, config: Any, steps: int) -> Any:
+    for number in range(steps):
+        config = put(saver, config, number)
+    return config
+
+
+def damages(value: bytes) -> list[bytes]:
+    middle = len(value) // 2
+    cut = [b"", value[:-1], value[1:], value[:middle] + value[middle + 1 :], b"\xff\xfe"]
+    return [one for one in (*cut, value + b"\0", value[:-1] + b"\x7f") if one != value]
+
+
+def test_no_field_of_a_head_can_be_damaged_or_lost(process, client):
+    saver, reader = process(), process()
+    grow(saver, at(), 4)
+    saver.flush()
+    before, head = reader.get_tuple(at()), saver._shared.keys.head("t", "")
+    fields = client.hgetall(head)
+    assert any(field[:2] == b"a:" for field in fields)
+    for field, value in fields.items():
+        for damaged in (*damages(value), None):
+            if damaged is None:
+                client.hdel(head, field)
+            else:
+                client.hset(head, field, damaged)
+            assert reader.get_tuple(at()) == before, (field, damaged)
+            client.delete(head)
+            client.hset(head, mapping=fields)
+    client.hset(head, "more", "x")
+    assert reader.get_tuple(at()) == before
+    assert not client.hexists(head, "more")
+
+
+def test_what_a_head_lost_is_missed_after_it_went_on(process, client):
+    saver, reader = process(), process()
+    config = grow(saver, at(), 3)
+    head = saver._shared.keys.head("t", "")
+    first = next(field for field in client.hkeys(head) if field[:2] == b"w:")
+    client.hdel(head, first)
+    saver.put_writes(config, [("other", 1)], "other")
+    assert len(reader.get_tuple(at()).pending_writes) == 3
+
+
+def test_no_field_of_a_heads_place_can_be_damaged(process, client):
+    """Reads and steps go on whatever becomes of what says which head counts."""
+    saver, reader = process(), process()
+    config = grow(saver, at(), 2)
+    meta = saver._shared.keys.meta("t")
+    for field, value in client.hgetall(meta).items():
+        for damaged in (b"", value[:-1], b"\xff\xfe"):
+            client.hset(meta, field, damaged)
+            config = put(saver, config, 3)
+            found = config["configurable"]["checkpoint_id"]
+            client.hset(meta, field, damaged)
+            assert reader.get_tuple(at()).checkpoint["id"] == found
+            saver.flush()
+
+
+def test_the_head_of_another_place_is_not_believed(process, client):
+    saver, reader = process(), process()
+    keys = saver._shared.keys
+    for thread, namespace in (("t", ""), ("t", "sub"), ("other", "")):
+        grow(saver, at(thread, namespace), 2)
+    saver.get_tuple(at("t", "empty"))
+    saver.flush()
+    before = reader.get_tuple(at())
+    for thread, namespace in (("t", "sub"), ("t", "empty"), ("other", "")):
+        client.delete(keys.head("t", ""))
+        assert client.copy(keys.head(thread, namespace), keys.head("t", ""))
+        assert reader.get_tuple(at()) == before
+
+
+def test_a_head_of_another_shape_is_read_from_postgres(process, client):
+    """Written by another program, or another version of this one, with sums that are right."""
+    saver = process()
+    grow(saver, at(), 2)
+    saver.flush()
+    before, head = saver.get_tuple(at()), saver._shared.keys.head("t", "")
+    packed, where = client.hget(head, "c"), (client.hget(head, "i"), client.hget(head, "p"))
+    core = ormsgpack.unpackb(packed[4:])
+    for other in (b'{"channel_versions": []}', b"[]", b"{", b""):
+        shaped = Core(other, *core[1:])
+        client.hset(head, "c", pack_core(shaped, "", *(one.decode() for one in where)))
+        assert saver.get_tuple(at()) == before
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_no_field_of_an_entry_can_be_damaged_or_lost(process, client, position):
+    """Its writer is dead: there is nobody else to ask, so it is an error, and nothing is stored."""
+    saver = process()
+    grow(saver, at(), 2)
+    journal = saver._shared.keys.journal("t")
+    entries, head = client.xrange(journal), saver._shared.keys.head("t", "")
+    kill(saver)
+    fields = entries[position][1]
+    for field, value in fields.items():
+        for damaged in (*damages(value)[:3], None):
+            client.delete(journal, head)
+            for number, (_, others) in enumerate(entries):
+                held = {**others, field: damaged} if number == position else others
+                client.xadd(journal, {f: v for f, v in held.items() if v is not None})
+            with pytest.raises(RefusedError, match="journal"):
+                process().get_tuple(at())
+    client.delete(journal, head)
+    for _, others in entries:
+        client.xadd(journal, others)
+    assert process().get_tuple(at()).metadata["step"] == 1
