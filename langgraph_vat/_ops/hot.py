@@ -478,7 +478,7 @@ async def _open(
     """Make a thread hot; return its fence, or refuse a late write to a deleted one."""
     hot = await hot_to_write(shared, backend)
     if hot is None:
-        return known
+        return await _renew(shared, backend, new, known)
     try:
         thread_id, namespace = new.thread_id, new.checkpoint_ns
         present, _ = await fill(shared, backend, hot, serde, thread_id, namespace, create=False)
