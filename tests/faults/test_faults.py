@@ -43,6 +43,7 @@ def test_no_single_fault_breaks_the_contract(flush_every, capsys):
         sys.stdout.write(f"\nflush_every={flush_every} seed={SEED} logs={directory}\n")
         for kind, count in sorted(counts.items()):
             sys.stdout.write(f"  {count:6} {kind}\n")
+        sys.stdout.write(f"  {len(violations):6} violations\n")
     assert violations == []
     assert all(counts[kind.removeprefix("fault_")] for kind in _kinds(cluster))
     assert counts["acknowledged put"] > FAULTS
