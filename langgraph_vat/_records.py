@@ -111,6 +111,19 @@ class Rotated(NamedTuple):
     """That no key of the keyring opens."""
 
 
+class Resealed(NamedTuple):
+    """What was sealed anew."""
+
+    keys: int
+    """Data keys that were replaced."""
+    values: int
+    """Rows that were sealed anew."""
+    kept: int
+    """Data keys that still have the ones behind them that they replaced."""
+    left: int
+    """Rows, or data keys, that could not be opened."""
+
+
 class Rewritten(NamedTuple):
     """What was stored in another form."""
 

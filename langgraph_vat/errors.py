@@ -92,6 +92,14 @@ class UnknownKeyError(SealError):
     """The keyring does not hold the key that sealed this data. Names the key id."""
 
 
+class ShreddedError(SealError):
+    """
+    The data key of this thread, or of this root of a store, was destroyed on purpose.
+
+    What it sealed cannot be read by anybody. Delete it to use the name again.
+    """
+
+
 for _error in list(vars().values()):
     if isinstance(_error, type) and issubclass(_error, VatError):
         _error.__module__ = "langgraph_vat"

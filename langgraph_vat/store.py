@@ -14,11 +14,13 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops import items
+from langgraph_vat._ops.reseal import check_age
+from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
 from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
-from langgraph_vat._records import Rotated
+from langgraph_vat._records import Resealed, Rotated
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import sealing
@@ -156,6 +158,39 @@ class SemanticStore(Managed, BaseStore):
         if self._items.keyring is None:
             raise ConfigurationError("there is no keyring to rotate to; pass keyring=")
         return await rotate_roots(backend.durable, self._items.keyring)
+
+    def reseal(self, *, max_age_s: float = 0.0) -> Resealed:
+        """Seal values anew, under new data keys; see `Threads.reseal`."""
+        return drive(self._reseal(self._connections.blocking(self._needs), max_age_s))
+
+    async def areseal(self, *, max_age_s: float = 0.0) -> Resealed:
+        """Like `reseal`."""
+        return await self._reseal(await self._connections.asyncio(self._needs), max_age_s)
+
+    async def _reseal(self, backend: Backend, max_age_s: float) -> Resealed:
+        check_age(self._items.keyring, max_age_s)
+        return await reseal_roots(self._items, backend, max_age_s)
+
+    def shred(self, root: str) -> None:
+        """
+        Destroy the data key of all namespaces that begin with the label `root`.
+
+        Nobody can read what they hold any more, here and on replicas. Getting or putting an
+        item there raises `ShreddedError`, in other processes within a minute; a search passes
+        over it. Embeddings stay: delete the items, and the label can be used again. Of backups,
+        see `Threads.shred`.
+
+        Raises:
+            InvalidInputError: Nothing sealed was put there.
+        """
+        drive(self._shred(self._connections.blocking(self._needs), root))
+
+    async def ashred(self, root: str) -> None:
+        """Like `shred`."""
+        await self._shred(await self._connections.asyncio(self._needs), root)
+
+    async def _shred(self, backend: Backend, root: str) -> None:
+        await shred_root(self._items, backend, root)
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""

@@ -8,10 +8,10 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Lifecycle
-from langgraph_vat._ops import retention, rewrite, rotate, sweep
+from langgraph_vat._ops import reseal, retention, rewrite, rotate, sweep
 from langgraph_vat._ops import search_threads as searching
 from langgraph_vat._ops.address import View
-from langgraph_vat._records import Rewritten, Rotated, Swept, ThreadInfo
+from langgraph_vat._records import Resealed, Rewritten, Rotated, Swept, ThreadInfo
 from langgraph_vat.errors import ConfigurationError, InvalidInputError
 from langgraph_vat.settings import STORAGES, Retention
 
@@ -173,7 +173,6 @@ class Threads:
         return await rewrite.rewrite(
             self._life.shared,
             backend,
-            self._serde,
             prefix=self._everything,
             is_compact=storage == "compact",
         )
@@ -202,6 +201,72 @@ class Threads:
             raise ConfigurationError("there is no keyring to rotate to; pass keyring=")
         return await rotate.rotate_threads(backend.durable, keyring, self._everything)
 
+    def reseal(self, *, max_age_s: float = 0.0) -> Resealed:
+        """
+        Seal values anew, under new data keys, while all goes on.
+
+        A data key that was replaced still opens what comes late; when nothing needs it, and a
+        day has passed, the next call drops it. It may be stopped at any moment; run again, it
+        goes on. Called every day with a `max_age_s` of 90 days, no data key gets older than that.
+
+        Args:
+            max_age_s: Which data keys are replaced: those made so many seconds ago, or more.
+
+        Raises:
+            ConfigurationError: There is no keyring.
+            InvalidInputError: `max_age_s` is no time.
+        """
+        return drive(self._reseal(self._life.blocking(), max_age_s))
+
+    async def areseal(self, *, max_age_s: float = 0.0) -> Resealed:
+        """Like `reseal`."""
+        return await self._reseal(await self._life.asyncio(), max_age_s)
+
+    async def _reseal(self, backend: Backend, max_age_s: float) -> Resealed:
+        shared = self._life.shared
+        reseal.check_age(shared.keyring, max_age_s)
+        return await reseal.reseal(shared, backend, prefix=self._everything, max_age_s=max_age_s)
+
+    def shred(self, thread_id: str) -> None:
+        """
+        Destroy the data key of a thread: nobody can read what it holds any more.
+
+        Its rows stay, here and on replicas, and reading or continuing it raises
+        `ShreddedError`; a list of all threads passes over it. Delete it to use the id again.
+        A backup from before has the wrapped key: it opens for as long as somebody has the key of
+        the keyring that wrapped it. Rotate, and destroy that one, to end it there, too.
+
+        Raises:
+            InvalidInputError: There is no such thread, or it is not sealed.
+        """
+        drive(self._shred(self._life.blocking(), thread_id))
+
+    async def ashred(self, thread_id: str) -> None:
+        """Like `shred`."""
+        await self._shred(await self._life.asyncio(), thread_id)
+
+    async def _shred(self, backend: Backend, thread_id: str) -> None:
+        await reseal.shred(self._life.shared, backend, self._view.stored(thread_id))
+
+    def shred_all(self) -> int:
+        """
+        Shred all sealed threads of a tenant; return how many there were. See `shred`.
+
+        Stopped, it can be run again. Threads that others make meanwhile may stay.
+
+        Raises:
+            InvalidInputError: This is not a tenant's view; see `HybridSaver.scoped`.
+        """
+        return drive(self._shred_all(self._life.blocking()))
+
+    async def ashred_all(self) -> int:
+        """Like `shred_all`."""
+        return await self._shred_all(await self._life.asyncio())
+
+    async def _shred_all(self, backend: Backend) -> int:
+        self._refuse_unscoped()
+        return await reseal.shred_all(self._life.shared, backend, self._everything)
+
     def delete_all(self) -> int:
         """
         Delete all threads of a tenant; return how many there were.
@@ -217,10 +282,13 @@ class Threads:
         """Like `delete_all`."""
         return await self._delete_all(await self._life.asyncio())
 
-    async def _delete_all(self, backend: Backend) -> int:
+    def _refuse_unscoped(self) -> None:
         if not self._view.is_scoped:
             raise InvalidInputError(
-                "only a tenant's threads can be deleted all at once: use scoped(tenant).threads."
-                " Nothing was deleted."
+                "only a tenant's threads can be deleted or shredded all at once: use"
+                " scoped(tenant).threads. Nothing was changed."
             )
+
+    async def _delete_all(self, backend: Backend) -> int:
+        self._refuse_unscoped()
         return await retention.delete_tenant(self._life.shared, backend, self._view.tenant)

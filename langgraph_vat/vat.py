@@ -11,7 +11,7 @@ from langgraph.store.base import IndexConfig, TTLConfig
 from langgraph_vat._io.addresses import PostgresSource, RedisSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.managed import Managed
-from langgraph_vat._records import Rotated
+from langgraph_vat._records import Resealed, Rotated
 from langgraph_vat.embedded import EmbeddedServers
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
@@ -204,6 +204,22 @@ class Vat(Managed):
         """Like `rotate`."""
         both = await self.checkpointer.threads.arotate(), await self.store.arotate()
         return Rotated(*map(sum, zip(*both, strict=True)))
+
+    def reseal(self, *, max_age_s: float = 0.0) -> Resealed:
+        """Seal the values of both anew, under new data keys; see `Threads.reseal`."""
+        both = (
+            self.checkpointer.threads.reseal(max_age_s=max_age_s),
+            self.store.reseal(max_age_s=max_age_s),
+        )
+        return Resealed(*map(sum, zip(*both, strict=True)))
+
+    async def areseal(self, *, max_age_s: float = 0.0) -> Resealed:
+        """Like `reseal`."""
+        both = (
+            await self.checkpointer.threads.areseal(max_age_s=max_age_s),
+            await self.store.areseal(max_age_s=max_age_s),
+        )
+        return Resealed(*map(sum, zip(*both, strict=True)))
 
     def close(self) -> None:
         """Flush, disconnect, and leave embedded servers, which stop with their last user."""

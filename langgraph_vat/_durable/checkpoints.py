@@ -23,6 +23,11 @@ FROM (VALUES (1)) AS one
 LEFT JOIN vat_threads t ON t.thread_id = %(thread)s
 """
 
+FIND_THREADS: LiteralString = """
+SELECT thread_id, generation::text, history, data_key FROM vat_threads
+WHERE thread_id = ANY(%(threads)s)
+"""
+
 # Of two processes that add a thread at once, both get the first one's fence and key.
 ADD_THREAD: LiteralString = """
 INSERT INTO vat_threads (thread_id, generation, data_key)
@@ -121,7 +126,7 @@ RETURNING history
 
 SELECT_DATA_KEYS: LiteralString = """
 SELECT thread_id, generation::text, data_key FROM vat_threads
-WHERE data_key IS NOT NULL AND thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+WHERE data_key <> '' AND thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
 ORDER BY thread_id LIMIT %(limit)s FOR UPDATE
 """
 
@@ -545,12 +550,12 @@ ORDER BY 2
 
 # --- retention -----------------------------------------------------------
 
-DELETE_ROWS: tuple[LiteralString, ...] = (
-    "DELETE FROM checkpoints WHERE thread_id = %(thread)s",
-    "DELETE FROM checkpoint_blobs WHERE thread_id = %(thread)s",
-    "DELETE FROM checkpoint_writes WHERE thread_id = %(thread)s",
-    "DELETE FROM vat_floors WHERE thread_id = %(thread)s",
-)
+DELETE_ROWS: LiteralString = """
+WITH c AS (DELETE FROM checkpoints WHERE thread_id = %(thread)s),
+    b AS (DELETE FROM checkpoint_blobs WHERE thread_id = %(thread)s),
+    w AS (DELETE FROM checkpoint_writes WHERE thread_id = %(thread)s)
+DELETE FROM vat_floors WHERE thread_id = %(thread)s
+"""
 
 FORGET_THREAD: LiteralString = "DELETE FROM vat_threads WHERE thread_id = %(thread)s"
 
@@ -786,9 +791,11 @@ WHERE w.thread_id = %(thread)s AND NOT EXISTS (
 )
 
 # Sealed values are bound to their thread, so a copy opens and seals each anew.
+# Rows that were sealed by another data key than the one whose messages begin so.
 SEALED_BLOBS: LiteralString = """
 SELECT checkpoint_ns, channel, version, type, blob FROM checkpoint_blobs
-WHERE thread_id = %(thread)s AND blob IS NOT NULL
+WHERE thread_id = %(thread)s AND substr(blob, 1, length(%(header)s)) <> %(header)s
+ORDER BY checkpoint_ns, channel, version LIMIT %(limit)s OFFSET %(left)s
 """
 RESEAL_BLOBS: LiteralString = """
 UPDATE checkpoint_blobs b SET blob = n.blob
@@ -799,7 +806,8 @@ AND b.channel = n.channel AND b.version = n.version
 """
 SEALED_WRITES: LiteralString = """
 SELECT checkpoint_ns, checkpoint_id, task_id, idx, channel, type, blob FROM checkpoint_writes
-WHERE thread_id = %(thread)s
+WHERE thread_id = %(thread)s AND substr(blob, 1, length(%(header)s)) <> %(header)s
+ORDER BY checkpoint_ns, checkpoint_id, task_id, idx LIMIT %(limit)s OFFSET %(left)s
 """
 RESEAL_WRITES: LiteralString = """
 UPDATE checkpoint_writes w SET blob = n.blob
@@ -810,7 +818,8 @@ AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.id
 """
 SEALED_EXACTS: LiteralString = """
 SELECT checkpoint_ns, checkpoint_id, vat_type, vat_exact FROM checkpoints
-WHERE thread_id = %(thread)s AND vat_exact IS NOT NULL
+WHERE thread_id = %(thread)s AND substr(vat_exact, 1, length(%(header)s)) <> %(header)s
+ORDER BY checkpoint_ns, checkpoint_id LIMIT %(limit)s OFFSET %(left)s
 """
 RESEAL_EXACTS: LiteralString = """
 UPDATE checkpoints c SET vat_exact = n.exact
@@ -818,6 +827,17 @@ FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(blobs)s::bytea[])
     AS n (checkpoint_ns, checkpoint_id, exact)
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
 AND c.checkpoint_id = n.checkpoint_id
+"""
+
+SET_DATA_KEY: LiteralString = """
+UPDATE vat_threads SET data_key = %(data_key)s WHERE thread_id = %(thread)s AND data_key <> ''
+RETURNING thread_id
+"""
+
+SEALED_THREADS: LiteralString = """
+SELECT thread_id FROM vat_threads
+WHERE data_key <> '' AND thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+ORDER BY thread_id LIMIT %(limit)s
 """
 
 # --- rewriting -----------------------------------------------------------

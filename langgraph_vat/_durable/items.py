@@ -102,15 +102,57 @@ USING {} (embedding {}){}""")
 
 FIND_KEYS: LiteralString = "SELECT root, data_key FROM vat_store_keys WHERE root = ANY(%(roots)s)"
 
-# Of two processes that add a key at once, both get the first one's.
-ADD_KEY: LiteralString = """
-INSERT INTO vat_store_keys (root, data_key) VALUES (%(root)s, %(data_key)s)
-ON CONFLICT (root) DO UPDATE SET root = excluded.root RETURNING data_key
+_OF_ROOT: LiteralString = "(s.prefix = %(root)s OR starts_with(s.prefix, %(root)s || '.'))"
+
+# Of two processes that add a key at once, both get the first one's. One that was
+# destroyed makes room for another when nothing is left that it sealed.
+ADD_KEY: LiteralString = (
+    """
+INSERT INTO vat_store_keys AS k (root, data_key) VALUES (%(root)s, %(data_key)s)
+ON CONFLICT (root) DO UPDATE SET data_key = CASE
+    WHEN k.data_key <> '' OR EXISTS (SELECT FROM store s WHERE """
+    + _OF_ROOT
+    + """) THEN k.data_key
+    ELSE excluded.data_key
+END
+RETURNING data_key
+"""
+)
+
+LOCK_KEY: LiteralString = (
+    "SELECT data_key FROM vat_store_keys WHERE root = %(root)s AND data_key <> '' FOR UPDATE"
+)
+
+SET_KEY: LiteralString = """
+UPDATE vat_store_keys SET data_key = %(data_key)s WHERE root = %(root)s AND data_key <> ''
+RETURNING root
+"""
+
+SEALED_ROOTS: LiteralString = """
+SELECT root FROM vat_store_keys WHERE root > %(after)s AND data_key <> ''
+ORDER BY root LIMIT %(limit)s
+"""
+
+# Items that were sealed by another data key than the one whose messages begin so.
+SEALED_ITEMS: LiteralString = (
+    """
+SELECT s.prefix, s.key, s.vat_type, s.vat_value FROM store s
+WHERE substr(s.vat_value, 1, length(%(header)s)) <> %(header)s AND """
+    + _OF_ROOT
+    + """
+ORDER BY s.prefix, s.key LIMIT %(limit)s OFFSET %(left)s FOR UPDATE
+"""
+)
+
+RESEAL_ITEMS: LiteralString = """
+UPDATE store s SET vat_value = n.exact
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(exacts)s::bytea[]) AS n (prefix, key, exact)
+WHERE s.prefix = n.prefix AND s.key = n.key
 """
 
 SELECT_KEYS: LiteralString = """
 SELECT root, data_key FROM vat_store_keys
-WHERE root > %(after)s ORDER BY root LIMIT %(limit)s FOR UPDATE
+WHERE root > %(after)s AND data_key <> '' ORDER BY root LIMIT %(limit)s FOR UPDATE
 """
 
 REPLACE_KEYS: LiteralString = """

@@ -16,7 +16,7 @@ All of it happens under the row locks of the threads, against rows read there.
 
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -26,9 +26,9 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.packing import LEAST, is_patch, line_position, pack
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
-from langgraph_vat._ops.shared import NO_SERDE, Known, Shared
+from langgraph_vat._ops.shared import NO_SERDE, Known, Shared, known_in
 from langgraph_vat._ops.values import Unpacker, blob_place, write_place
-from langgraph_vat._records import Blob, Entry, PutEntry, Write, WritesEntry
+from langgraph_vat._records import Blob, Entry, Fence, PutEntry, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import SealError
 
@@ -76,7 +76,12 @@ class _Line:
 
 
 async def pack_entries(
-    shared: Shared, session: Session, pairs: Pairs, *, is_compact: bool
+    shared: Shared,
+    session: Session,
+    pairs: Pairs,
+    fences: Mapping[str, Fence],
+    *,
+    is_compact: bool,
 ) -> Packing:
     """
     Pack the values of entries that are about to be written.
@@ -84,7 +89,7 @@ async def pack_entries(
     Where the storage is not compact, see only that nothing builds on what is replaced.
     """
     packing, lines = Packing(), dict[LineKey, _Line]()
-    codecs = _codecs(shared, pairs)
+    codecs = await _codecs(shared, session, pairs, fences)
     new = _new_values(pairs, codecs)
     stored = await _Stored.read(session, codecs, list(new))
     packing.present = {key for key in stored.present if stored.value(key) == new[key]}
@@ -127,13 +132,17 @@ async def pack_stored(
     return packed
 
 
-def _codecs(shared: Shared, pairs: Pairs) -> dict[str, Codec]:
+async def _codecs(
+    shared: Shared, session: Session, pairs: Pairs, fences: Mapping[str, Fence]
+) -> dict[str, Codec]:
     """Return how to open each thread's values, for those whose key is here."""
     found = {}
-    for thread_id, entry in pairs:
-        known = shared.threads.get(thread_id)
-        if known is None or known.fence.generation != entry.fence.generation:
-            known = Known(entry.fence, None) if shared.keyring is None else None
+    for thread_id in {thread_id for thread_id, _ in pairs}:
+        known: Known | None = Known(fences[thread_id], None)
+        if shared.keyring is not None:
+            known = shared.threads.get(thread_id)
+            if known is not None:
+                known = await known_in(shared, session, thread_id, fences[thread_id])
         if known is not None:
             found[thread_id] = known.codec(NO_SERDE, thread_id)
     return found

@@ -322,7 +322,7 @@ async def _write(
     pairs = [(thread_id, entry) for thread_id, some in wanted.items() for entry in some]
     if pairs:
         is_compact = shared.settings.storage == "compact"
-        packing = await pack_entries(shared, session, pairs, is_compact=is_compact)
+        packing = await pack_entries(shared, session, pairs, fences, is_compact=is_compact)
         await _insert(session, pairs, packing, shared.settings.thread_metadata)
 
 

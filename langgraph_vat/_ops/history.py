@@ -20,7 +20,7 @@ from langgraph_vat._io.protocols import Backend, HotTierError, Row
 from langgraph_vat._ops.flush import flush, overdue
 from langgraph_vat._ops.hot import read_head
 from langgraph_vat._ops.shared import Known, Shared
-from langgraph_vat._ops.threads import find
+from langgraph_vat._ops.threads import find, find_all
 from langgraph_vat._ops.tiers import degrade, hot_to_read
 from langgraph_vat._ops.values import READABLE_METADATA, Unpacker, to_tuple
 from langgraph_vat._plain import is_plain
@@ -111,12 +111,17 @@ async def page(
     size = _PAGE if most is None else max(1, min(most, _PAGE))
     statement = sql.SELECT_PAGE if listing.has_values else sql.SELECT_LIGHT_PAGE
     rows = await backend.durable.fetch(statement, _page_params(shared, listing, cursor, size))
+    if listing.thread_id is None:
+        threads = await find_all(shared, backend, {row[0] for row in rows})
+    else:
+        known = await _known(shared, backend, listing.thread_id)
+        threads = {listing.thread_id: known} if known else {}
     found = []
     for row in rows:
         snapshot = to_snapshot(row)
-        known = await _known(shared, backend, snapshot.thread_id)
+        known = threads.get(snapshot.thread_id)
         if known is None:
-            continue  # deleted meanwhile
+            continue  # deleted meanwhile, or shredded
         thread_id = snapshot.thread_id
         result = to_tuple(snapshot, known.codec(serde, thread_id), thread_id)
         if all(result.metadata.get(key) == value for key, value in listing.filter.items()):
@@ -165,14 +170,14 @@ async def delta_history(
 ) -> Mapping[str, DeltaChannelHistory]:
     """Return each channel's writes since its nearest stored value, and that value as seed."""
     await flush_waiting(shared, backend, thread_id)
-    known = await _known(shared, backend, thread_id)
     params = {
         "thread": thread_id,
         "namespace": checkpoint_ns,
         "checkpoint": checkpoint_id,
         "channels": list(channels),
     }
-    rows = await backend.durable.fetch(sql.SELECT_DELTA_HISTORY, params) if known else []
+    rows = await backend.durable.fetch(sql.SELECT_DELTA_HISTORY, params)
+    known = await _known(shared, backend, thread_id)
     codec = known.codec(serde, thread_id) if known else None
     return {
         channel: _history(codec, checkpoint_ns, channel, [r for r in rows if r[3] == channel])
@@ -215,4 +220,6 @@ def _history(
 
 
 async def _known(shared: Shared, backend: Backend, thread_id: str) -> Known | None:
-    return shared.threads.get(thread_id) or await find(shared, backend, thread_id, create=False)
+    """Return a thread's fence and key; of a sealed one as they are now, not as they were."""
+    known = shared.threads.get(thread_id) if shared.keyring is None else None
+    return known or await find(shared, backend, thread_id, create=False)

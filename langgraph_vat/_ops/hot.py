@@ -309,13 +309,11 @@ async def _known_by_fence(
         return known
     if shared.keyring is None:
         known = Known(fence, None)
-    elif known is not None and known.fence.generation == fence.generation:
-        known = known._replace(fence=fence)
-    else:
-        known = await find(shared, backend, thread_id, create=False)
-        return known if known is not None and known.fence == fence else None
-    shared.threads.set(thread_id, known)
-    return known
+        shared.threads.set(thread_id, known)
+        return known
+    # Its key may be another one now.
+    known = await find(shared, backend, thread_id, create=False)
+    return known if known is not None and known.fence == fence else None
 
 
 async def _read_durable(
@@ -323,8 +321,9 @@ async def _read_durable(
 ) -> tuple[Snapshot, Known] | None:
     if shared.copies.of(thread_id):
         await flush(shared, backend, [thread_id])
+    snapshot = await select_latest(backend, thread_id, checkpoint_ns)
+    # After the rows: it opens what was sealed anew meanwhile, too.
     known = await find(shared, backend, thread_id, create=False)
-    snapshot = await select_latest(backend, thread_id, checkpoint_ns) if known else None
     return (snapshot, known) if known and snapshot else None
 
 

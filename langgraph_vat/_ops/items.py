@@ -10,7 +10,7 @@ The store's operations, a batch at a time.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -37,16 +37,20 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Session
 from langgraph_vat._ops import search
 from langgraph_vat._ops.search import VectorIndex, is_paths
+from langgraph_vat._ops.shared import SHREDDED, now
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import InvalidInputError, SealError
+from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import codec_for
 
 _Paged = TypeVar("_Paged", SearchOp, ListNamespacesOp)
 _MOST_BYTES = 2_000
+# Seconds for which a root's data key is used before it is asked for again: by then a
+# process knows that it was replaced, or destroyed.
+_KEY_S = 60.0
 # The column's type is int; so many minutes are 4,083 years.
 _MOST_TTL = 2**31 - 1
 # More than any table has, and less than Postgres counts to, whatever a search multiplies it by.
@@ -62,7 +66,9 @@ class Items:
     index: VectorIndex | None
     keyring: Keyring | None
     serde: SerializerProtocol
-    data_keys: dict[str, DataKey] = field(default_factory=dict)
+    data_keys: dict[str, DataKey | None] = field(default_factory=dict)
+    """Of roots; None of one that was shredded."""
+    opened_at: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -236,29 +242,60 @@ async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
     return plan
 
 
+def key_place(root: str) -> bytes:
+    """Return what a root's data key is bound to."""
+    return associated_data("data key", "store", root)
+
+
 async def _add_key(items: Items, backend: Backend, root: str) -> None:
     """Have the data key of a root; one that is new is committed before it is used."""
     await _open_keys(items, backend.durable, {root})
-    if items.keyring is None or root in items.data_keys:
+    if items.keyring is None or items.data_keys.get(root) is not None:
         return
-    bound = associated_data("data key", "store", root)
-    wrapped = DataKey.generate().wrap(items.keyring, associated_data=bound)
+    wrapped = DataKey.generate().wrap(items.keyring, associated_data=key_place(root))
     found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
-    items.data_keys[root] = DataKey.unwrap(found[0][0], items.keyring, associated_data=bound)
+    _remember(items, root, found[0][0])
 
 
-async def _open_keys(items: Items, source: Session | Durable, roots: Iterable[str]) -> None:
+async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> None:
+    """Open the data keys of items; once more of those that were sealed by one not known yet."""
+    other = set()
+    for prefix, _, _, type_, exact, *_ in rows:
+        known = items.data_keys.get(_root(prefix))
+        if type_ is not None and known is not None and not known.can_open(exact):
+            other.add(_root(prefix))
+    await _open_keys(items, session, (_root(row[0]) for row in rows), other)
+
+
+async def _open_keys(
+    items: Items, source: Session | Durable, roots: Iterable[str], other: Collection[str] = ()
+) -> None:
     """
-    Open the data keys of roots, as far as there are any.
+    Open the data keys of roots, as far as there are any, unless they were just now.
 
     Those and no others: what is wrong with one root stops nobody else.
+
+    Args:
+        items: What the store knows.
+        source: Where to ask.
+        roots: First labels.
+        other: Those that are asked for in any case.
     """
-    missing = sorted(set(roots) - items.data_keys.keys())
-    if items.keyring is None or not missing:
+    since = now() - _KEY_S
+    wanted = {root for root in roots if items.opened_at.get(root, since) <= since} | {*other}
+    if items.keyring is None or not wanted:
         return
-    for root, wrapped in await source.fetch(sql.FIND_KEYS, {"roots": missing}):
-        bound = associated_data("data key", "store", root)
-        items.data_keys[root] = DataKey.unwrap(wrapped, items.keyring, associated_data=bound)
+    for root, wrapped in await source.fetch(sql.FIND_KEYS, {"roots": sorted(wanted)}):
+        _remember(items, root, wrapped)
+
+
+def _remember(items: Items, root: str, wrapped: bytes) -> None:
+    assert items.keyring is not None
+    key = None
+    if wrapped != SHREDDED:
+        key = DataKey.unwrap(wrapped, items.keyring, associated_data=key_place(root))
+    items.data_keys[root] = key
+    items.opened_at[root] = now()
 
 
 async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
@@ -338,6 +375,11 @@ def _codec(items: Items, prefix: str) -> Codec:
             "an item that must be sealed is not: its namespace has no key. It was not used. Write"
             " it again through this store, or read it with an unsealed one."
         )
+    if items.keyring is not None and items.data_keys[root] is None:
+        raise ShreddedError(
+            f"namespaces that begin with {root!r} were shredded: their data key is destroyed and"
+            " nobody can read what they hold. Delete the items, and it can be used again."
+        )
     return codec_for(items.serde, items.data_keys.get(root), "item", root)
 
 
@@ -361,7 +403,7 @@ async def _read(
 async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
     places = [(".".join(op.namespace), op.key) for op in ops]
     rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
-    await _open_keys(items, session, (_root(row[0]) for row in rows))
+    await _open_rows(items, session, rows)
     found = {(row[0], row[1]): row for row in rows}
     wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
     await _refresh(session, [found[place] for place in wanted if place in found])
@@ -372,21 +414,29 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
     index = items.index
 
     async def matching(rows: list[Row]) -> list[Row]:
-        await _open_keys(items, session, (_root(row[0]) for row in rows))
-        return [row for row in rows if matches(_decode(items, row)["value"], op.filter)]
+        await _open_rows(items, session, rows)
+        shown = _not_shredded(items, rows)
+        return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
 
     needs_opening = items.keyring is not None or not is_plain(op.filter or {})
     query = search.prepare(
         op, index, plan.queries.get(op.query or ""), matching if needs_opening else None
     )
     rows = await search.run(session, query)
-    await _open_keys(items, session, (_root(row[0]) for row in rows))
+    await _open_rows(items, session, rows)
+    rows = _not_shredded(items, rows)
     if op.refresh_ttl:
         await _refresh(session, rows)
     return [
         SearchItem(**_decode(items, row), score=index.score(row[-1]) if index else None)
         for row in rows
     ]
+
+
+def _not_shredded(items: Items, rows: list[Row]) -> list[Row]:
+    """Return the items that can be read: a search is about what there is to find."""
+    shredded = {root for root, key in items.data_keys.items() if key is None}
+    return [row for row in rows if _root(row[0]) not in shredded]
 
 
 async def _refresh(session: Session, rows: Sequence[Row]) -> None:

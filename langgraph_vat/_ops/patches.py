@@ -17,7 +17,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.packing import damaged, is_patch, patch, unpack
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
-from langgraph_vat._ops.shared import NO_SERDE, Known, Shared, unwrapped
+from langgraph_vat._ops.shared import NO_SERDE, Shared, known_in
 from langgraph_vat._ops.values import Unpacker, blob_place
 from langgraph_vat._records import Blob, Entry, Fence, PutEntry
 from langgraph_vat._seal.codec import Codec
@@ -90,7 +90,7 @@ async def made_whole(
     bases = {(e.checkpoint_ns, b.channel, b.base) for e in puts for b in e.blobs if b.base}
     if not bases or fence is None:
         return entries
-    known = await _known(shared, session, thread_id, fence)
+    known = await known_in(shared, session, thread_id, fence)
     if known is None:
         first = next(at for at, entry in enumerate(entries) if _is_patched(entry))
         return entries[:first]
@@ -109,18 +109,6 @@ async def made_whole(
 
 def _is_patched(entry: Entry) -> bool:
     return isinstance(entry, PutEntry) and any(blob.base for blob in entry.blobs)
-
-
-async def _known(shared: Shared, session: Session, thread_id: str, fence: Fence) -> Known | None:
-    """Return the fence with the thread's key; None if the key is not to be had here."""
-    known = shared.threads.get(thread_id)
-    if known is not None and known.fence.generation == fence.generation:
-        return known
-    rows = await session.fetch(sql.FIND_THREAD, {"thread": thread_id})
-    try:
-        return Known(fence, unwrapped(shared, thread_id, fence.generation, rows[0][2]))
-    except SealError:
-        return None
 
 
 class _Opener:

@@ -15,14 +15,12 @@ from typing import Any
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable import checkpoints as sql
-from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.history import flush_waiting
-from langgraph_vat._ops.shared import Shared, recount
+from langgraph_vat._ops.reseal import seal_rows
+from langgraph_vat._ops.shared import Shared, known_in, recount
 from langgraph_vat._ops.threads import change_history, find
-from langgraph_vat._ops.values import blob_place
 from langgraph_vat._records import Fence
-from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import InvalidInputError
 
 
@@ -37,8 +35,7 @@ async def delete_thread(shared: Shared, backend: Backend, thread_id: str) -> Non
 
 async def delete_rows(session: Session, thread_id: str) -> None:
     """Delete all that a thread stored."""
-    for statement in sql.DELETE_ROWS:
-        await session.execute(statement, {"thread": thread_id})
+    await session.execute(sql.DELETE_ROWS, {"thread": thread_id})
 
 
 async def delete_tenant(shared: Shared, backend: Backend, tenant: str) -> int:
@@ -143,7 +140,7 @@ async def copy_thread(
     async def body(session: Session, _: Fence) -> None:
         # The source's lock after the target's may deadlock with the opposite copy;
         # Postgres then ends one of the two, and its second attempt succeeds.
-        await session.fetch(sql.LOCK_THREADS, {"threads": [source_id]})
+        locked = await session.fetch(sql.LOCK_THREADS, {"threads": [source_id]})
         if (await session.fetch(sql.HAS_ROWS, {"thread": target_id}))[0][0]:
             msg = (
                 f"thread {target_id!r} already has checkpoints; nothing was copied. Delete it first"
@@ -153,9 +150,11 @@ async def copy_thread(
             await session.execute(statement, {"thread": source_id, "target": target_id})
         if checkpoint_id is not None:
             await _keep_ancestors(session, source_id, target_id, checkpoint_id)
-        if source.data_key is not None:
-            codecs = source.codec(serde, source_id), target.codec(serde, target_id)
-            await _reseal(session, target_id, *codecs)
+        if target.data_key is not None:
+            # Its key may be another one since it was found.
+            known = await known_in(shared, session, source_id, Fence(*locked[0][1:]))
+            codecs = (known or source).codec(serde, source_id), target.codec(serde, target_id)
+            await seal_rows(session, target_id, *codecs, target.data_key)
         await recount(shared, session, target_id)
 
     await change_history(shared, backend, target_id, body)
@@ -171,30 +170,3 @@ async def _keep_ancestors(
         )
     for statement in (*sql.KEEP_ANCESTORS, *sql.COLLECT):
         await session.execute(statement, params)
-
-
-async def _reseal(session: Session, thread_id: str, source: Codec, target: Codec) -> None:
-    """Seal the copied rows of a thread anew, under its own key and bound to it."""
-
-    def again(type_: str, data: bytes, *place: str) -> bytes:
-        return target.seal(*source.open(type_, data, *place), *place)[1]
-
-    only = {"thread": thread_id}
-    blobs = [
-        (ns, channel, version, again(type_, data, *blob_place(ns, channel, version)))
-        for ns, channel, version, type_, data in await session.fetch(sql.SEALED_BLOBS, only)
-    ]
-    writes = [
-        (ns, cid, task, idx, again(type_, data, "write", ns, cid, task, str(idx), channel))
-        for ns, cid, task, idx, channel, type_, data in await session.fetch(sql.SEALED_WRITES, only)
-    ]
-    exacts = [
-        (ns, cid, again(type_, data, "metadata", ns, cid))
-        for ns, cid, type_, data in await session.fetch(sql.SEALED_EXACTS, only)
-    ]
-    for statement, rows, names in (
-        (sql.RESEAL_BLOBS, blobs, ("namespaces", "channels", "versions", "blobs")),
-        (sql.RESEAL_WRITES, writes, ("namespaces", "ids", "tasks", "idxs", "blobs")),
-        (sql.RESEAL_EXACTS, exacts, ("namespaces", "ids", "blobs")),
-    ):
-        await session.execute(statement, {**only, **columns(rows, *names)})

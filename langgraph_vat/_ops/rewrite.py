@@ -13,18 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, LiteralString
 
-from langgraph.checkpoint.serde.base import SerializerProtocol
-
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.packing import LEAST, pack
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.compact import BlobKey, pack_stored
 from langgraph_vat._ops.history import flush_waiting
-from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.shared import NO_SERDE, Shared, known_in
 from langgraph_vat._ops.threads import find, recount_alone
 from langgraph_vat._ops.values import Unpacker, blob_place, write_place
-from langgraph_vat._records import Blob, Rewritten, Write
+from langgraph_vat._records import Blob, Fence, Rewritten, Write
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat.errors import SealError
 
@@ -39,14 +37,11 @@ class _Task:
     """A thread to rewrite, and into which form."""
 
     thread_id: str
-    known: Known
     codec: Codec
     is_compact: bool
 
 
-async def rewrite(
-    shared: Shared, backend: Backend, serde: SerializerProtocol, *, prefix: str, is_compact: bool
-) -> Rewritten:
+async def rewrite(shared: Shared, backend: Backend, *, prefix: str, is_compact: bool) -> Rewritten:
     """Rewrite all threads whose stored ids begin with `prefix`; return what was done."""
     done, after = Rewritten(0, 0, 0), ""
     params = {"prefix": prefix}
@@ -59,14 +54,14 @@ async def rewrite(
             continue
         if known is not None:
             await flush_waiting(shared, backend, after)
-            task = _Task(after, known, known.codec(serde, after), is_compact)
-            done = Rewritten(
-                *map(sum, zip(done, await _thread(shared, backend, task), strict=True))
-            )
+            one = await _thread(shared, backend, after, known.fence, is_compact=is_compact)
+            done = Rewritten(*map(sum, zip(done, one, strict=True)))
     return done
 
 
-async def _thread(shared: Shared, backend: Backend, task: _Task) -> Rewritten:
+async def _thread(
+    shared: Shared, backend: Backend, thread_id: str, fence: Fence, *, is_compact: bool
+) -> Rewritten:
     values = left = 0
     for page, places in ((_blobs, 3), (_writes, 4)):
         after: Sequence[Any] = ("", "", "", -1)[:places]
@@ -76,9 +71,14 @@ async def _thread(shared: Shared, backend: Backend, task: _Task) -> Rewritten:
             async def body(
                 session: Session, after: Sequence[Any] = after, page: Any = page
             ) -> tuple[list[Row], int]:
-                rows = await session.fetch(sql.LOCK_THREADS, {"threads": [task.thread_id]})
-                if not rows or rows[0][1] != task.known.fence.generation:
+                rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
+                if not rows or rows[0][1] != fence.generation:
                     return [], 0
+                # Its key may be another one by now.
+                known = await known_in(shared, session, thread_id, Fence(*rows[0][1:]))
+                if known is None:
+                    return [], 0
+                task = _Task(thread_id, known.codec(NO_SERDE, thread_id), is_compact)
                 found: tuple[list[Row], int] = await page(session, task, after)
                 return found
 
@@ -86,9 +86,9 @@ async def _thread(shared: Shared, backend: Backend, task: _Task) -> Rewritten:
             values, left = values + rewritten, left + len(rows) - rewritten
             is_more = len(rows) == _MOST_ROWS
             after = rows[-1][:places] if rows else after
-    await recount_alone(shared, backend, task.thread_id)
+    await recount_alone(shared, backend, thread_id)
     if left:
-        logger.warning("%d values of thread %r cannot be opened", left, task.thread_id)
+        logger.warning("%d values of thread %r cannot be opened", left, thread_id)
     return Rewritten(1, values, left)
 
 

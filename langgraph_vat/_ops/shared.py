@@ -24,13 +24,15 @@ from langgraph_vat._records import Fence
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import SealError
+from langgraph_vat.errors import SealError, ShreddedError
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.serde import codec_for
 from langgraph_vat.settings import Settings
 
 # What a codec serializes with where nothing is.
 NO_SERDE = JsonPlusSerializer()
+# Stands for a data key that was destroyed.
+SHREDDED = b""
 # Threads whose fence and data key a process remembers.
 _MOST_KNOWN = 10_000
 
@@ -175,6 +177,18 @@ def key_place(thread_id: str, generation: str) -> bytes:
     return associated_data("data key", "checkpoint", thread_id, generation)
 
 
+async def known_in(shared: Shared, session: Session, thread_id: str, fence: Fence) -> Known | None:
+    """Return what is known of a thread that is locked at `fence`; None if its key is not here."""
+    known = shared.threads.get(thread_id)
+    if known is not None and known.fence == fence:
+        return known
+    rows = await session.fetch(sql.FIND_THREAD, {"thread": thread_id})
+    try:
+        return Known(fence, unwrapped(shared, thread_id, fence.generation, rows[0][2]))
+    except SealError:
+        return None
+
+
 def unwrapped(
     shared: Shared, thread_id: str, generation: str, wrapped: bytes | None
 ) -> DataKey | None:
@@ -182,8 +196,13 @@ def unwrapped(
     Return a thread's data key; None if it is not sealed.
 
     Raises:
-        SealError: It is sealed and this saver is not, or the reverse.
+        SealError: It is sealed and this saver is not, or the reverse; or it was shredded.
     """
+    if wrapped == SHREDDED:
+        raise ShreddedError(
+            f"thread {thread_id!r} was shredded: its data key is destroyed and nobody can read what"
+            " it holds. Nothing was written. Delete it to use its id again."
+        )
     if wrapped is None and shared.keyring is None:
         return None
     if shared.keyring is None:

@@ -14,7 +14,7 @@ A thread's fence: read it, open the thread in Redis under it, give it a new one.
 
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ from langgraph_vat._hot.entries import empty_head, head_pairs, sparse, write_pai
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.patches import marked
-from langgraph_vat._ops.shared import Known, Shared, key_place, recount, unwrapped
+from langgraph_vat._ops.shared import SHREDDED, Known, Shared, key_place, recount, unwrapped
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._ops.values import (
     Unpacker,
@@ -40,7 +40,7 @@ from langgraph_vat._ops.values import (
 )
 from langgraph_vat._records import Blob, Core, Fence, Snapshot, Write
 from langgraph_vat._seal.codec import Codec
-from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat._seal.data_key import DataKey, OtherKeyError
 
 # A live process changes a thread's history within this time, in seconds.
 _CLOSED_PAUSE_S = 0.05
@@ -67,6 +67,32 @@ async def find(shared: Shared, backend: Backend, thread_id: str, *, create: bool
     known = Known(fence, unwrapped(shared, thread_id, fence.generation, wrapped))
     shared.threads.set(thread_id, known)
     return known
+
+
+async def find_all(
+    shared: Shared, backend: Backend, thread_ids: Collection[str]
+) -> dict[str, Known]:
+    """
+    Return what `find` does, of many threads; not of those that were deleted or shredded.
+
+    Sealed ones are looked up each time: this process does not hear of a key that is
+    destroyed. Whoever reads rows first, and then this, can open them.
+    """
+    found = {}
+    if shared.keyring is None:
+        found = {one: known for one in thread_ids if (known := shared.threads.get(one))}
+    missing = sorted(set(thread_ids) - found.keys())
+    rows = await backend.durable.fetch(sql.FIND_THREADS, {"threads": missing}) if missing else []
+    for thread_id, *fence, wrapped in rows:
+        missing.remove(thread_id)
+        if wrapped != SHREDDED:
+            known = Known(Fence(*fence), unwrapped(shared, thread_id, fence[0], wrapped))
+            shared.threads.set(thread_id, known)
+            found[thread_id] = known
+    for thread_id in missing:
+        if stranger := await find(shared, backend, thread_id, create=False):
+            found[thread_id] = stranger
+    return found
 
 
 async def _find_row(
@@ -133,11 +159,7 @@ async def fill(
     # read before another one began may be overtaken.
     epoch = shared.epoch
     for _ in range(_FILL_ROUNDS):
-        if shared.copies.of(thread_id):
-            await flush(shared, backend, [thread_id])
-        ticket = await _ticket(shared, backend, hot, thread_id)
-        if ticket is None:
-            await flush(shared, backend, [thread_id])
+        ticket = await _flushed_ticket(shared, backend, hot, thread_id)
         known = await find(shared, backend, thread_id, create=create)
         if known is None:
             return None, None
@@ -145,10 +167,10 @@ async def fill(
         if ticket is None:
             continue
         codec = known.codec(serde, thread_id)
-        pairs, held = _pairs(codec, checkpoint_ns, snapshot)
-        pairs += await _early_writes(backend, codec, thread_id, checkpoint_ns, snapshot)
-        if sum(map(len, pairs)) > shared.settings.max_head_bytes:
-            pairs, held = [*sparse(pairs), b"z", b"1"], {}
+        try:
+            pairs, held = await _content(shared, backend, codec, thread_id, checkpoint_ns, snapshot)
+        except OtherKeyError:
+            continue  # sealed anew since the key was read
         args: list[Arg] = [
             ticket,
             known.fence.text,
@@ -160,8 +182,22 @@ async def fill(
         reply = await hot.script(scripts.FILL, [meta, head, journal], args)
         if reply[0] == b"ok":
             shared.bases.learn(thread_id, checkpoint_ns, held)
-            break
+            return known, snapshot
+    if shared.keyring is not None:
+        known = await find(shared, backend, thread_id, create=create)
     return known, snapshot
+
+
+async def _flushed_ticket(
+    shared: Shared, backend: Backend, hot: Hot, thread_id: str
+) -> bytes | None:
+    """Flush what waits, and draw a fill ticket; None if more came meanwhile."""
+    if shared.copies.of(thread_id):
+        await flush(shared, backend, [thread_id])
+    ticket = await _ticket(shared, backend, hot, thread_id)
+    if ticket is None:
+        await flush(shared, backend, [thread_id])
+    return ticket
 
 
 async def _ticket(shared: Shared, backend: Backend, hot: Hot, thread_id: str) -> bytes | None:
@@ -180,6 +216,22 @@ async def select_latest(backend: Backend, thread_id: str, checkpoint_ns: str) ->
     params = {"thread": thread_id, "namespace": checkpoint_ns}
     rows = await backend.durable.fetch(sql.SELECT_LATEST, params)
     return to_snapshot(rows[0]) if rows else None
+
+
+async def _content(
+    shared: Shared,
+    backend: Backend,
+    codec: Codec,
+    thread_id: str,
+    checkpoint_ns: str,
+    snapshot: Snapshot | None,
+) -> tuple[list[bytes], dict[str, Blob]]:
+    """Return the pairs of a head, and the values that it holds; no values if that is too much."""
+    pairs, held = _pairs(codec, checkpoint_ns, snapshot)
+    pairs += await _early_writes(backend, codec, thread_id, checkpoint_ns, snapshot)
+    if sum(map(len, pairs)) > shared.settings.max_head_bytes:
+        return [*sparse(pairs), b"z", b"1"], {}
+    return pairs, held
 
 
 async def _early_writes(

@@ -8,7 +8,8 @@ bytes   meaning
 ======  ==============================================
 1       version of this format: 1
 1       algorithm: 1 is AES-256-GCM
-8       id of the data key, random, not secret
+8       id of the data key, not secret: when it was made (Unix
+        seconds, 4 bytes), and 4 random bytes
 12      nonce, random for each message
 rest    ciphertext, the last 16 bytes its tag
 ======  ==============================================
@@ -16,9 +17,14 @@ rest    ciphertext, the last 16 bytes its tag
 The header before the nonce is authenticated together with the associated
 data. With random nonces a key may seal 2**32 messages (NIST SP 800-38D,
 8.3); a thread does not come near that.
+
+A data key may have older ones behind it: it seals, and all of them open. They
+are wrapped together, the newest first.
 """
 
 import os
+import time
+from collections.abc import Sequence
 from typing import NoReturn, Self
 
 from cryptography.exceptions import InvalidTag
@@ -29,6 +35,7 @@ from langgraph_vat.keyring import Keyring
 
 _VERSION_AND_ALGORITHM = b"\x01\x01"
 _ID_BYTES = 8
+_TIME_BYTES = 4
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
 _HEADER_BYTES = len(_VERSION_AND_ALGORITHM) + _ID_BYTES
@@ -41,25 +48,60 @@ _REFUSED = (
 )
 
 
+class OtherKeyError(SealError):
+    """It was sealed under another data key: a newer one, perhaps, that is to be read first."""
+
+
 class DataKey:
-    """One AES-256-GCM key. Cannot be printed, copied or pickled; can be wrapped by a keyring."""
+    """
+    An AES-256-GCM key, and those that it replaced.
 
-    __slots__ = ("_cipher", "_header", "_secret")
+    Cannot be printed, copied or pickled; can be wrapped by a keyring.
+    """
 
-    def __init__(self, key_id: bytes, secret: bytes) -> None:
-        self._header = _VERSION_AND_ALGORITHM + key_id
-        self._secret = secret
+    __slots__ = ("_cipher", "_ciphers", "_secrets", "header")
+
+    def __init__(self, secrets: Sequence[bytes]) -> None:
+        # Id and key each, the newest first.
+        self._secrets = tuple(secrets)
         # Made once: setting up a cipher costs more than sealing a small value.
-        self._cipher = AESGCM(secret)
+        self._ciphers = {
+            _VERSION_AND_ALGORITHM + one[:_ID_BYTES]: AESGCM(one[_ID_BYTES:]) for one in secrets
+        }
+        self.header = next(iter(self._ciphers))
+        """What the messages begin with that it seals."""
+        self._cipher = self._ciphers[self.header]
 
     @classmethod
     def generate(cls) -> Self:
         """Return a new random key."""
-        return cls(os.urandom(_ID_BYTES), AESGCM.generate_key(bit_length=256))
+        return cls([_secret()])
+
+    @property
+    def made_at(self) -> int:
+        """When it was made, in Unix seconds; what it replaced was replaced then."""
+        return int.from_bytes(self._secrets[0][:_TIME_BYTES])
+
+    @property
+    def has_older(self) -> bool:
+        """Whether it still opens what those sealed that it replaced."""
+        return len(self._secrets) > 1
+
+    def renewed(self) -> "DataKey":
+        """Return a new key that has this one, and those behind it, behind itself."""
+        return DataKey([_secret(), *self._secrets])
+
+    def alone(self) -> "DataKey":
+        """Return this key without those that it replaced."""
+        return DataKey(self._secrets[:1])
+
+    def can_open(self, sealed: bytes | None) -> bool:
+        """Whether a message was sealed by this key or one behind it, if it was not changed."""
+        return bytes((sealed or b"")[:_HEADER_BYTES]) in self._ciphers
 
     def wrap(self, keyring: Keyring, *, associated_data: bytes) -> bytes:
-        """Return this key encrypted under the keyring's primary key, bound to `associated_data`."""
-        return keyring.wrap(self._header[2:] + self._secret, associated_data=associated_data)
+        """Return it encrypted under the keyring's primary key, bound to `associated_data`."""
+        return keyring.wrap(b"".join(self._secrets), associated_data=associated_data)
 
     @classmethod
     def unwrap(cls, wrapped: bytes, keyring: Keyring, *, associated_data: bytes) -> Self:
@@ -71,15 +113,16 @@ class DataKey:
             SealError: It was changed, or belongs elsewhere.
         """
         opened = keyring.unwrap(wrapped, associated_data=associated_data)
-        if len(opened) != _ID_BYTES + _KEY_BYTES:
+        size = _ID_BYTES + _KEY_BYTES
+        if not opened or len(opened) % size:
             raise SealError(_REFUSED)
-        return cls(opened[:_ID_BYTES], opened[_ID_BYTES:])
+        return cls([opened[at : at + size] for at in range(0, len(opened), size)])
 
     def seal(self, plaintext: bytes, *, associated_data: bytes) -> bytes:
         """Return `plaintext` encrypted and authenticated together with `associated_data`."""
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = self._cipher.encrypt(nonce, plaintext, self._header + associated_data)
-        return b"".join((self._header, nonce, sealed))
+        sealed = self._cipher.encrypt(nonce, plaintext, self.header + associated_data)
+        return b"".join((self.header, nonce, sealed))
 
     def open(self, sealed: bytes | memoryview, *, associated_data: bytes) -> bytes:
         """
@@ -90,16 +133,27 @@ class DataKey:
         """
         # What whoever writes to the database set to NULL is refused like all else.
         view = memoryview(sealed or b"")
-        if len(view) < _NONCE_END + _TAG_BYTES or view[:_HEADER_BYTES] != self._header:
+        if len(view) < _NONCE_END + _TAG_BYTES:
             raise SealError(_REFUSED)
+        header = bytes(view[:_HEADER_BYTES])
+        cipher = self._ciphers.get(header)
+        if cipher is None:
+            raise OtherKeyError(_REFUSED)
         nonce, body = view[_HEADER_BYTES:_NONCE_END], view[_NONCE_END:]
         try:
-            return self._cipher.decrypt(nonce, body, self._header + associated_data)
+            return cipher.decrypt(nonce, body, header + associated_data)
         except InvalidTag:
             raise SealError(_REFUSED) from None
 
     def __repr__(self) -> str:
-        return f"DataKey(id={self._header[2:].hex()})"
+        return f"DataKey(id={self.header[2:].hex()})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a DataKey holds a secret and cannot be copied or pickled; wrap it instead")
+
+
+def _secret() -> bytes:
+    """Return a new id and key."""
+    made_at = int(time.time()).to_bytes(_TIME_BYTES)
+    key_id = made_at + os.urandom(_ID_BYTES - _TIME_BYTES)
+    return key_id + AESGCM.generate_key(bit_length=256)
