@@ -5,12 +5,15 @@ A value appears as the serializer left it: a type tag and bytes, sealed if
 sealing is on. A version appears as text, as Postgres keeps it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from langgraph_vat.settings import Retention
+
+_GENERATION = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Fence(NamedTuple):
@@ -31,8 +34,15 @@ class Fence(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Fence":
-        """Read the form that `text` writes."""
+        """
+        Read the form that `text` writes.
+
+        Raises:
+            ValueError: It is another.
+        """
         generation, _, history = text.rpartition(":")
+        if not _GENERATION.fullmatch(generation):
+            raise ValueError("not a fence")
         return cls(generation, int(history))
 
 

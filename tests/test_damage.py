@@ -142,11 +142,13 @@ def test_a_head_of_another_shape_is_read_from_postgres(process, client):
     grow(saver, at(), 2)
     saver.flush()
     before, head = saver.get_tuple(at()), saver._shared.keys.head("t", "")
+    generation = client.hget(saver._shared.keys.meta("t"), "f").decode().partition(":")[0]
     packed, where = client.hget(head, "c"), (client.hget(head, "i"), client.hget(head, "p"))
     core = ormsgpack.unpackb(packed[4:])
     for other in (b'{"channel_versions": []}', b"[]", b"{", b""):
         shaped = Core(other, *core[1:])
-        client.hset(head, "c", pack_core(shaped, "", *(one.decode() for one in where)))
+        place = (generation, "", *(one.decode() for one in where))
+        client.hset(head, "c", pack_core(shaped, *place))
         assert saver.get_tuple(at()) == before
 
 
@@ -171,3 +173,147 @@ def test_no_field_of_an_entry_can_be_damaged_or_lost(process, client, position):
     for _, others in entries:
         client.xadd(journal, others)
     assert process().get_tuple(at()).metadata["step"] == 1
+
+
+ASK = {
+    "get": lambda saver, config: saver.get_tuple(at()),
+    "get by id": lambda saver, config: saver.get_tuple(config),
+    "list": lambda saver, config: list(saver.list(at())),
+    "put": lambda saver, config: put(saver, config, 7),
+    "put_writes": lambda saver, config: saver.put_writes(config, [("small", 7)], "other"),
+    "flush": lambda saver, config: saver.flush(),
+    "delete": lambda saver, config: saver.delete_thread("t"),
+}
+
+
+@pytest.mark.parametrize("kind", ["meta", "head", "journal", "dirty"])
+@pytest.mark.parametrize("asked", ASK)
+def test_a_key_of_another_type_is_none_of_ours(process, client, kind, asked):
+    saver, other = process(), process()
+    config = grow(saver, at(), 3)
+    keys = saver._shared.keys
+    key = keys.head("t", "") if kind == "head" else getattr(keys, kind)("t")
+    client.set(key, "somebody else's")
+    ASK[asked](saver, config)
+    found = other.get_tuple(at())
+    notes = [one.metadata["step"] for one in saver.list(at())]
+    if asked == "delete":
+        assert (found, notes) == (None, [])
+    else:
+        assert notes == [7, 2, 1, 0][asked != "put" :]
+        assert found.metadata["step"] == notes[0]
+        config = put(other, found.config, 8)
+        assert saver.get_tuple(at()).config == config
+
+
+@pytest.mark.parametrize(
+    "fence", [b"", b"xyz", b"\xff\xfe", b"no-uuid:0", b"0b8e0000-0000-4000-8000-000000000000:"]
+)
+def test_a_change_that_nobody_can_name_is_not_waited_for(process, client, fence):
+    saver, reader = process(), process()
+    config = grow(saver, at(), 2)
+    client.hset(saver._shared.keys.meta("t"), "f", b"closing:" + fence)
+    assert reader.get_tuple(at()).metadata["step"] == 1
+    put(saver, config, 2)
+    assert reader.get_tuple(at()).metadata["step"] == 2
+
+
+@pytest.mark.parametrize("damaged", [None, b"", "cut", "another's"])
+def test_no_step_builds_on_a_damaged_head(process, client, damaged):
+    """An older step that comes again does not become the newest, nor a fork the only child."""
+    saver, reader = process(), process()
+    old = grow(saver, at(), 1)
+    again = saver.get_tuple(old)
+    newest = put(saver, put(saver, old, 1), 2)
+    saver.flush()
+    head = saver._shared.keys.head("t", "")
+    if damaged == "another's":
+        reader.get_tuple(at("t", "empty"))
+        client.delete(head)
+        assert client.copy(saver._shared.keys.head("t", "empty"), head)
+    elif damaged is None:
+        client.hdel(head, "i")
+    else:
+        client.hset(head, "i", client.hget(head, "i")[:-1] if damaged == "cut" else damaged)
+    versions = again.checkpoint["channel_versions"]
+    saver.put(at(), again.checkpoint, {"step": 0}, versions)
+    saver.put_writes(old, [("small", 1)], "late")
+    assert reader.get_tuple(at()).config == saver.get_tuple(at()).config == newest
+
+
+def test_no_step_builds_on_a_head_that_lost_a_field(process, client):
+    """Nor is a head repaired by what comes later, as long as nobody has filled it again."""
+    saver, reader = process(), process()
+    config = grow(saver, at(), 3)
+    saver.flush()
+    head = saver._shared.keys.head("t", "")
+    client.hdel(head, b"m:large")
+    misses = saver.stats.misses
+    config = put(saver, config, 3)
+    assert reader.get_tuple(at()).config == saver.get_tuple(at()).config == config
+    assert reader.stats.misses + saver.stats.misses == misses
+
+
+def test_a_count_that_is_none_has_steps_flushed(process, client):
+    saver = process()
+    config = grow(saver, at(), 1)
+    for damaged in (b"nan", b"inf", b"-100", b"1e300", b""):
+        client.hset(saver._shared.keys.meta("t"), "n", damaged)
+        config = put(saver, config, 1)
+        assert client.xlen(saver._shared.keys.journal("t")) <= 1  # the pending write
+
+
+def test_a_field_under_another_name_is_noticed(process, client):
+    saver, reader = process(), process()
+    grow(saver, at(), 1)
+    saver.flush()
+    before, head = reader.get_tuple(at()), saver._shared.keys.head("t", "")
+    for name in (b"W", b"q", b"n"):
+        fields = client.hgetall(head)
+        write = next(field for field in fields if field[:2] == b"w:")
+        client.hdel(head, write)
+        client.hset(head, name + write[1:], fields[write])
+        assert reader.get_tuple(at()) == before
+    write = next(field for field in client.hkeys(head) if field[:2] == b"w:")
+    value, other = client.hget(head, write), bytearray(write)
+    other[-20] ^= 1  # of the checkpoint's id: a write that comes early
+    client.hdel(head, write)
+    client.hset(head, bytes(other), value)
+    assert reader.get_tuple(at()) == before
+
+
+def test_the_place_of_another_thread_is_not_believed(process, client):
+    """Head and fence together, as a restored backup of some keys would have them."""
+    saver, reader = process(), process()
+    keys = saver._shared.keys
+    grow(saver, at(), 2)
+    grow(saver, at("other"), 3)
+    saver.flush()
+    before = reader.get_tuple(at())
+    client.delete(keys.meta("t"), keys.head("t", ""))
+    client.copy(keys.meta("other"), keys.meta("t"))
+    client.copy(keys.head("other", ""), keys.head("t", ""))
+    assert process().get_tuple(at()) == reader.get_tuple(at()) == before
+    other = client.hgetall(keys.head("other", ""))
+    head = client.hgetall(keys.head("t", ""))
+    values = next(field for field in head if field[:2] == b"b:")
+    client.hset(keys.head("t", ""), values, other[values])
+    client.hset(keys.head("t", ""), b"n:" + values[2:], other[b"n:" + values[2:]])
+    assert process().get_tuple(at()) == before
+
+
+def test_a_quarantine_ends_with_its_cause(process, client):
+    saver, reader = process(), process()
+    config = grow(saver, at(), 2)
+    journal = saver._shared.keys.journal("t")
+    entries = client.xrange(journal)
+    client.delete(journal)
+    for number, (_, fields) in enumerate(entries):
+        client.xadd(journal, fields | ({b"r": b"damaged"} if number == 1 else {}))
+    with pytest.raises(RefusedError):
+        list(reader.list(at()))
+    with pytest.raises(RefusedError, match="this one was not taken"):
+        put(reader, config, 2)
+    saver.flush()  # it still has what it wrote
+    config = put(reader, config, 2)
+    assert saver.get_tuple(at()).config == config

@@ -12,7 +12,7 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.memory import InMemorySaver
 
-from langgraph_vat import HybridSaver, Keyring, UnavailableError
+from langgraph_vat import HybridSaver, Keyring, SealError, UnavailableError
 from langgraph_vat._hot.bases import _MOST, Bases
 from langgraph_vat._records import Blob
 
@@ -302,6 +302,7 @@ def test_a_version_that_was_sent_as_a_patch_may_be_used_again(process, last):
     put_as(saver, config, "2", last)
     for one in (saver, process()):
         assert one.get_tuple(at()).checkpoint["channel_values"]["a"] == last
+        assert one.stats.misses == 0
     saver.flush()
     assert process().get_tuple(at()).checkpoint["channel_values"]["a"] == last
 
@@ -370,3 +371,45 @@ def test_threads_without_large_values_are_not_remembered(process):
     for number in range(20):
         put_as(saver, at(f"t{number}"), "1", "small")
     assert not saver._shared.bases._threads
+
+
+@pytest.mark.parametrize("asked", ["latest", "by id", "namespace", "list"])
+def test_a_stranger_who_was_refused_still_spoils_nothing(postgres_url, redis_url, asked):
+    """He met the thread in Redis first; he may flush it, and write nothing readable to it."""
+
+    def process(keyring: Keyring | None) -> HybridSaver:
+        options: Any = {"redis": redis_url, "flush_every": 50, "flush_after": 600.0}
+        saver = HybridSaver.from_conn_string(postgres_url, keyring=keyring, **options)
+        saver._life._flusher.stop()
+        saver.setup()
+        return saver
+
+    sealed = Keyring.generate()
+    saver, stranger = process(sealed), process(None)
+    namespace = {"configurable": {"thread_id": "t", "checkpoint_ns": "empty"}}
+    first, known = grow(saver, at(), [text(LARGE)], 1)
+    assert saver.get_tuple(namespace) is None
+    assert saver.get_tuple(at()) is not None
+    config, more = grow(saver, first, known[first["configurable"]["checkpoint_id"]], 4)
+    known |= more
+    kill(saver)
+    ask = {
+        "latest": lambda: stranger.get_tuple(at()),
+        "by id": lambda: stranger.get_tuple(config),
+        "namespace": lambda: stranger.get_tuple(namespace),
+        "list": lambda: list(stranger.list(at())),
+    }[asked]
+    with pytest.raises((SealError, UnavailableError)):
+        ask()
+    with pytest.raises(UnavailableError):  # he cannot make the patches whole
+        stranger.flush()
+    with pytest.raises(SealError):
+        put_as(stranger, config, "9", "TOP SECRET")
+    with pytest.raises(SealError):
+        stranger.put_writes(config, [("a", "TOP SECRET")], "task")
+    heir = process(sealed)
+    found = [one.checkpoint["channel_values"]["a"] for one in heir.list(at())]
+    assert found == [*known.values()][::-1]
+    for one in (saver, stranger, heir):
+        kill(one)
+        one.close()

@@ -1058,3 +1058,48 @@ def test_a_flush_that_read_the_copies_before_another_dropped_them(process, clien
     assert dropped.is_set()
     assert client.exists(saver._shared.keys.head("t", ""))
     assert newest(saver) == 2
+
+
+def special(saver, config, value):
+    saver.put_writes(config, [("__resume__", value)], "task")
+
+
+def test_what_another_process_flushed_is_not_stored_again(process, postgres_url):
+    """A copy of one's own step is older than what others made of it since."""
+    saver, other = process(), process()
+    first = put(saver, at())
+    config = put(saver, first)
+    special(saver, config, "first")
+    other.flush()
+    special(other, config, "second")
+    checkpoint = saver.get_tuple(config).checkpoint
+    other.put(first, checkpoint, {"by": "other"}, {})
+    other.flush()
+    flushed = saver.stats.flushed_steps
+    saver.flush()
+    assert saver.stats.flushed_steps == flushed
+    assert not saver._shared.copies.of("t")
+    for reader in (saver, other, process()):
+        for found in (reader.get_tuple(at()), reader.get_tuple(config), next(reader.list(at()))):
+            assert [value for _, _, value in found.pending_writes] == ["second"]
+            assert found.metadata["by"] == "other"
+
+
+def test_a_copy_brings_no_pruned_parent_back(process):
+    saver, other = process(), process()
+    put(saver, put(saver, at()))
+    other.prune(["t"], strategy="keep_latest")
+    saver.flush()
+    found = saver.get_tuple(at())
+    assert found.parent_config is None
+    assert list(other.list(at())) == [found]
+
+
+def test_of_two_processes_in_turn_each_step_is_flushed_once(process):
+    savers = process(flush_every=3), process(flush_every=3)
+    config = at()
+    for number in range(40):
+        config = put(savers[number % 2], config)
+    for saver in savers:
+        saver.flush()
+    assert sum(saver.stats.flushed_steps for saver in savers) == 40

@@ -249,9 +249,7 @@ def test_threads_go_on_while_they_are_resealed(process, postgres_url, a_day_late
     reader = process()
     for number in range(32):
         assert [one[1]["note"] for one in states(reader, f"t{number}")] == [*range(steps)][::-1]
-        assert headers(postgres_url, f"t{number}") == {
-            data_key(postgres_url, f"t{number}").header
-        }
+        assert headers(postgres_url, f"t{number}") == {data_key(postgres_url, f"t{number}").header}
 
 
 def test_a_store_is_resealed(postgres_url, a_day_later):

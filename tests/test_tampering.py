@@ -176,6 +176,7 @@ def test_no_bit_of_a_head_can_be_changed(process, redis_url):
             changed = flipped(fields[field])
             if number % 4:
                 place = [field, fields[b"n:" + field[2:]]] if field[:2] == b"b:" else [field]
+                place = [fields[b"f"].partition(b":")[0], *place]
                 changed = _summed(flipped(fields[field][4:]), *place)
             client.hset(head, field, changed)
             try:

@@ -60,12 +60,12 @@ SELECT EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
 # The lock that orders a thread's flushes and changes of history. Sorted, so
 # that two transactions never wait for each other.
 LOCK_THREADS: LiteralString = """
-SELECT thread_id, generation::text, history FROM vat_threads
+SELECT thread_id, generation::text, history, flushed FROM vat_threads
 WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE
 """
 
 TRY_LOCK_THREADS: LiteralString = """
-SELECT thread_id, generation::text, history FROM vat_threads
+SELECT thread_id, generation::text, history, flushed FROM vat_threads
 WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE SKIP LOCKED
 """
 
@@ -133,6 +133,17 @@ ORDER BY thread_id LIMIT %(limit)s FOR UPDATE
 REPLACE_DATA_KEYS: LiteralString = """
 UPDATE vat_threads t SET data_key = n.data_key
 FROM unnest(%(owners)s::text[], %(data_keys)s::bytea[]) AS n (thread_id, data_key)
+WHERE t.thread_id = n.thread_id
+"""
+
+# Whoever took these steps still holds copies of them, and learns here that they are stored.
+# He may never come: the newest are enough.
+NOTE_FLUSHED: LiteralString = """
+UPDATE vat_threads t SET flushed = (n.uids || t.flushed)[1:128]
+FROM (
+    SELECT thread_id, array_agg(uid) AS uids
+    FROM unnest(%(threads)s::text[], %(uids)s::bytea[]) AS e (thread_id, uid) GROUP BY thread_id
+) AS n
 WHERE t.thread_id = n.thread_id
 """
 

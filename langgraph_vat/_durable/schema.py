@@ -48,7 +48,7 @@ TABLES = {
     "checkpoint_writes": "thread_id checkpoint_ns checkpoint_id task_id idx channel type blob"
     " task_path vat_epoch vat_bases",
     "vat_threads": "thread_id generation history data_key created_at updated_at steps bytes"
-    " head_id metadata retention kept kept_last tenant",
+    " head_id metadata retention kept kept_last flushed tenant",
     "vat_floors": "thread_id checkpoint_ns floor",
     "vat_deleted_runs": "run_id deleted_at",
     "vat_state": "epoch hot_tier hot_prefix hot_runs degraded_until lease_s swept_at",
@@ -244,6 +244,7 @@ ALTER TABLE vat_threads
     ADD COLUMN IF NOT EXISTS retention JSONB,
     ADD COLUMN IF NOT EXISTS kept BIGINT NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS kept_last BIGINT NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS flushed BYTEA[] NOT NULL DEFAULT '{}',
     ADD COLUMN IF NOT EXISTS tenant TEXT NOT NULL GENERATED ALWAYS AS (
         CASE WHEN thread_id ~ '^vat-tenant:[0-9]{1,3}:' THEN substr(
             thread_id, 13 + length(split_part(thread_id, ':', 2)),

@@ -8,7 +8,7 @@ twice. Fields:
 ====================  =====================================================
 ``k``                 ``put`` or ``writes``
 ``u``                 entry's own random id
-``f``                 fence; in a head ``@`` and the epoch follow
+``f``                 fence; in a head ``@``, epoch, ``@``, id, ``@`` and the head's own key follow
 ``s`` ``i``           namespace, checkpoint id
 ``p`` ``r`` ``e``     parent checkpoint id, run id, epoch
 ``c``                 packed `Core`, summed with namespace, checkpoint id and parent
@@ -26,8 +26,9 @@ twice. Fields:
 ``h``                 of a head: how many other fields it has; of an entry: their sum
 ====================  =====================================================
 
-What is *summed* has a CRC-32 of itself and its field's name in front. It tells
-what was cut, emptied or mixed up; against who means it, there is sealing.
+What is *summed* has a CRC-32 in front: of itself, its field's name, and the
+thread's generation. It tells what was cut, emptied or mixed up; against who
+means it, there is sealing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,8 @@ Pairs = list[bytes]
 DAMAGES = (AttributeError, KeyError, TypeError, ValueError)
 # Fields of a sparse head, beside the versions.
 _SPARSE = frozenset((b"i", b"p", b"l"))
+# What the names of a head's fields begin with.
+_KINDS = frozenset((*_SPARSE, b"f", b"c", b"h", b"n:", b"b:", b"m:", b"a:", b"w:", b"x:"))
 _SUM_BYTES = 4
 
 
@@ -53,14 +56,15 @@ def put_pairs(entry: PutEntry) -> tuple[Pairs, Pairs]:
     """Return the pairs that only the journal holds, and those of the head."""
     journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
     journal += [b"q", ormsgpack.packb(sorted(entry.kept)), b"d", ormsgpack.packb(entry.needs)]
-    return journal, list(_blob_pairs(entry.blobs))
+    return journal, list(_blob_pairs(entry.fence.generation, entry.blobs))
 
 
 def writes_pairs(entry: WritesEntry) -> tuple[Pairs, Pairs]:
     """Return the pairs that only the journal holds, and those it shares with the head."""
     journal = [b"u", entry.uid, b"s", entry.checkpoint_ns.encode(), b"r", entry.run_id.encode()]
     journal += [b"e", b"%d" % entry.epoch]
-    return journal, list(write_pairs(entry.checkpoint_id, entry.writes))
+    generation = entry.fence.generation
+    return journal, list(write_pairs(generation, entry.checkpoint_id, entry.writes))
 
 
 def sparse(pairs: Pairs) -> Pairs:
@@ -101,25 +105,28 @@ def mark_pairs(entry: PutEntry) -> Pairs:
     ]
 
 
-def head_pairs(snapshot: Snapshot, core: Core) -> Pairs:
-    """Return the pairs of the head that shows `snapshot`."""
-    where = (snapshot.checkpoint_ns, snapshot.checkpoint_id, snapshot.parent_id)
-    pairs = [b"i", where[1].encode(), b"p", where[2].encode(), b"c", pack_core(core, *where)]
-    pairs += _blob_pairs(snapshot.blobs)
-    pairs += write_pairs(snapshot.checkpoint_id, snapshot.writes)
+def head_pairs(generation: str, snapshot: Snapshot, core: Core) -> Pairs:
+    """Return the pairs of the head that shows `snapshot`, the id first."""
+    where = (generation, snapshot.checkpoint_ns, snapshot.checkpoint_id, snapshot.parent_id)
+    pairs = [b"i", where[2].encode(), b"p", where[3].encode(), b"c", pack_core(core, *where)]
+    pairs += _blob_pairs(generation, snapshot.blobs)
+    pairs += write_pairs(generation, snapshot.checkpoint_id, snapshot.writes)
     if snapshot.inline:
         pairs += [b"l", b"1"]
     return pairs
 
 
-def empty_head(checkpoint_ns: str) -> Pairs:
+def empty_head(generation: str, checkpoint_ns: str) -> Pairs:
     """Return the pairs of the head of a namespace that is known to hold no checkpoint."""
-    return [b"i", b"", b"p", b"", b"c", _summed(b"", *_core_place(checkpoint_ns, "", ""))]
+    place = _core_place(generation, checkpoint_ns, "", "")
+    return [b"i", b"", b"p", b"", b"c", _summed(b"", *place)]
 
 
-def pack_core(core: Core, checkpoint_ns: str, checkpoint_id: str, parent_id: str) -> bytes:
+def pack_core(
+    core: Core, generation: str, checkpoint_ns: str, checkpoint_id: str, parent_id: str
+) -> bytes:
     """Pack a core into one value."""
-    place = _core_place(checkpoint_ns, checkpoint_id, parent_id)
+    place = _core_place(generation, checkpoint_ns, checkpoint_id, parent_id)
     return _summed(ormsgpack.packb(tuple(core)), *place)
 
 
@@ -159,13 +166,14 @@ def _parse_entry(fields: Sequence[bytes]) -> Entry:
     }
     if found[b"k"] == b"writes":
         epoch = int(found[b"e"])
-        return WritesEntry(**where, epoch=epoch, writes=_parse_writes(found))
-    parent_id = found[b"p"].decode()
+        writes = _parse_writes(where["fence"].generation, found)
+        return WritesEntry(**where, epoch=epoch, writes=tuple(writes.values()))
+    parent_id, generation = found[b"p"].decode(), where["fence"].generation
     return PutEntry(
         **where,
         parent_id=parent_id,
-        core=_core(found, where["checkpoint_ns"], where["checkpoint_id"], parent_id),
-        blobs=_parse_blobs(found),
+        core=_core(found, generation, where["checkpoint_ns"], where["checkpoint_id"], parent_id),
+        blobs=_parse_blobs(generation, found),
         kept=frozenset(ormsgpack.unpackb(found[b"q"])),
         needs=tuple((channel, version) for channel, version in ormsgpack.unpackb(found[b"d"])),
     )
@@ -174,13 +182,15 @@ def _parse_entry(fields: Sequence[bytes]) -> Entry:
 class Head:
     """A head as Redis returned it."""
 
-    def __init__(self, checkpoint_ns: str, fields: Sequence[bytes]) -> None:
+    def __init__(self, generation: str, checkpoint_ns: str, fields: Sequence[bytes]) -> None:
+        self._generation = generation
         self._fields = _mapping(fields)
-        if int(self._fields[b"h"]) != len(self._fields) - 1:
+        is_whole = int(self._fields[b"h"]) == len(self._fields) - 1
+        if not is_whole or any(field[:2] not in _KINDS for field in self._fields):
             raise ValueError("damaged")
         self.checkpoint_id = self._fields[b"i"].decode()
         self.parent_id = self._fields[b"p"].decode()
-        where = (checkpoint_ns, self.checkpoint_id, self.parent_id)
+        where = (generation, checkpoint_ns, self.checkpoint_id, self.parent_id)
         self.core = _core(self._fields, *where) if self.checkpoint_id else None
         if self.core is None:
             _checked(self._fields[b"c"], *_core_place(*where))
@@ -188,13 +198,15 @@ class Head:
     @cached_property
     def blobs(self) -> tuple[Blob, ...]:
         """The values of all channels, empty ones included."""
-        return _parse_blobs(self._fields)
+        return _parse_blobs(self._generation, self._fields)
 
     @cached_property
     def bases(self) -> tuple[Blob, ...]:
         """The values that those of them build on that are patches."""
         return tuple(
-            _parse_whole(self._fields, blob.channel, blob.base) for blob in self.blobs if blob.base
+            _parse_whole(self._generation, self._fields, blob.channel, blob.base)
+            for blob in self.blobs
+            if blob.base
         )
 
     @property
@@ -210,8 +222,12 @@ class Head:
     @property
     def writes(self) -> tuple[Write, ...]:
         """The pending writes of this checkpoint; early writes of a later one are left out."""
-        mine = _write_prefix(self.checkpoint_id)
-        return _parse_writes({k: v for k, v in self._fields.items() if k[1:].startswith(mine)})
+        mine, writes = _write_prefix(self.checkpoint_id), self._all_writes
+        return tuple(write for field, write in writes.items() if field[1:].startswith(mine))
+
+    @cached_property
+    def _all_writes(self) -> dict[bytes, Write]:
+        return _parse_writes(self._generation, self._fields)
 
 
 def _mapping(fields: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -222,45 +238,48 @@ def _version(channel: str) -> bytes:
     return b"n:" + channel.encode()
 
 
-def _blob_pairs(blobs: Iterable[Blob]) -> Iterable[bytes]:
+def _blob_pairs(generation: str, blobs: Iterable[Blob]) -> Iterable[bytes]:
+    life = generation.encode()
     for blob in blobs:
         channel = blob.channel.encode()
         yield from (b"n:" + channel, blob.version.encode())
         if blob.base:
             field = b"a:" + channel
             patch = ormsgpack.packb((blob.version, blob.base, blob.mark, blob.type, blob.data))
-            yield from (field, _summed(patch, field))
+            yield from (field, _summed(patch, life, field))
         else:
             field = b"b:" + channel
             value = b"" if blob.data is None else blob.type.encode() + b"\0" + blob.data
-            yield from (field, _summed(value, field, blob.version.encode()))
+            yield from (field, _summed(value, life, field, blob.version.encode()))
             yield from (b"m:" + channel, blob.mark)
 
 
-def _parse_blobs(found: dict[bytes, bytes]) -> tuple[Blob, ...]:
+def _parse_blobs(generation: str, found: dict[bytes, bytes]) -> tuple[Blob, ...]:
     return tuple(
-        _parse_patch(found, field[2:].decode(), version.decode())
-        or _parse_whole(found, field[2:].decode(), version.decode())
+        _parse_patch(generation, found, field[2:].decode(), version.decode())
+        or _parse_whole(generation, found, field[2:].decode(), version.decode())
         for field, version in found.items()
         if field.startswith(b"n:")
     )
 
 
-def _parse_patch(found: dict[bytes, bytes], channel: str, version: str) -> Blob | None:
+def _parse_patch(
+    generation: str, found: dict[bytes, bytes], channel: str, version: str
+) -> Blob | None:
     """Return the patch that leads to a version, if there is one."""
     field = b"a:" + channel.encode()
     if field not in found:
         return None
-    patch = _checked(found[field], field)
+    patch = _checked(found[field], generation.encode(), field)
     leads_to, base, mark, type_, data = _typed(patch, (str, str, bytes, str, bytes))
     # What is stored whole later leaves an older patch where it is.
     counts = leads_to == version and found.get(b"m:" + channel.encode(), mark) == mark
     return Blob(channel, version, type_, data, base, mark) if counts else None
 
 
-def _parse_whole(found: dict[bytes, bytes], channel: str, version: str) -> Blob:
+def _parse_whole(generation: str, found: dict[bytes, bytes], channel: str, version: str) -> Blob:
     field = b"b:" + channel.encode()
-    value = _checked(found[field], field, version.encode())
+    value = _checked(found[field], generation.encode(), field, version.encode())
     type_, separator, data = value.partition(b"\0")
     return Blob(channel, version, type_.decode(), data if separator else None)
 
@@ -270,22 +289,23 @@ def _write_prefix(checkpoint_id: str) -> bytes:
     return b":%d:%s:" % (len(raw), raw)
 
 
-def write_pairs(checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
+def write_pairs(generation: str, checkpoint_id: str, writes: Iterable[Write]) -> Iterable[bytes]:
     """Return the pairs of a checkpoint's pending writes."""
-    prefix = _write_prefix(checkpoint_id)
+    prefix, life = _write_prefix(checkpoint_id), generation.encode()
     for write in writes:
         kind = b"w" if write.idx >= 0 else b"x"
         field = kind + prefix + b"%d:" % write.idx + write.task_id.encode()
         yield field
-        yield _summed(ormsgpack.packb(write[:6]), field)  # what Redis has is whole
+        yield _summed(ormsgpack.packb(write[:6]), life, field)  # what Redis has is whole
 
 
-def _parse_writes(found: dict[bytes, bytes]) -> tuple[Write, ...]:
-    return tuple(
-        Write(*_typed(_checked(value, field), (str, int, str, str, str, bytes)))
+def _parse_writes(generation: str, found: dict[bytes, bytes]) -> dict[bytes, Write]:
+    life, kinds = generation.encode(), (str, int, str, str, str, bytes)
+    return {
+        field: Write(*_typed(_checked(value, life, field), kinds))
         for field, value in found.items()
         if field[:2] in (b"w:", b"x:")
-    )
+    }
 
 
 def _core(found: dict[bytes, bytes], *where: str) -> Core:

@@ -13,6 +13,7 @@ from langchain_core.embeddings import Embeddings
 from langgraph_vat._io.addresses import all_clients
 from langgraph_vat._io.mapping import (
     LOST,
+    answers,
     every_primary,
     is_repeatable,
     map_postgres,
@@ -131,7 +132,7 @@ class AsyncioHot:
             pipeline = client.pipeline(transaction=False)
             for key in keys:
                 pipeline.execute_command(command, key, *args)
-            return list(await pipeline.execute())
+            return answers(await pipeline.execute(raise_on_error=False))
 
 
 class AsyncioBackend:

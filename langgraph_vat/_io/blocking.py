@@ -12,6 +12,7 @@ from langchain_core.embeddings import Embeddings
 from langgraph_vat._io.addresses import all_clients
 from langgraph_vat._io.mapping import (
     LOST,
+    answers,
     every_primary,
     is_repeatable,
     map_postgres,
@@ -117,7 +118,7 @@ class BlockingHot:
             pipeline = self._client.pipeline(transaction=False)
             for key in keys:
                 pipeline.execute_command(command, key, *args)
-            return list(pipeline.execute())
+            return answers(pipeline.execute(raise_on_error=False))
 
 
 class BlockingBackend:

@@ -1,6 +1,6 @@
 """What each driver's exceptions mean to us. Used by the verbs, and nowhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,6 +136,14 @@ def run_ids(info: dict[str, Any]) -> str:
     """Return the ids of server processes from what INFO said: of one, or by node."""
     nodes = [info] if "run_id" in info else info.values()
     return ",".join(sorted(node["run_id"] for node in nodes))
+
+
+def answers(found: Sequence[Any]) -> list[Any]:
+    """Return what commands answered that were sent together; nothing for a key of another type."""
+    for one in found:
+        if isinstance(one, Exception) and "WRONGTYPE" not in str(one):
+            raise one
+    return [[] if isinstance(one, Exception) else one for one in found]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ rows the second time. An entry whose base is missing is held back, with those
 that build on it; it stays in the journal.
 """
 
+import itertools
 import logging
 from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
@@ -121,7 +122,7 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
     async def body(session: Session) -> bytes | _Batch:
         if backend.hot is not None and not await holds_epoch(shared, session):
             return b"hot"
-        fences, _ = await _lock(session, [thread_id], wait=True)
+        fences, _ = await _lock(shared, session, [thread_id], wait=True)
         if fences.get(thread_id) != entry.fence:
             return b"stale"
         if isinstance(entry, PutEntry) and await _is_fork(shared, session, thread_id, entry):
@@ -175,7 +176,11 @@ async def _dirty(shared: Shared, hot: Hot, age_s: float, most: int) -> list[str]
     found = await hot.read_each(
         "ZRANGEBYSCORE", shared.keys.buckets, "-inf", latest, "LIMIT", 0, most
     )
-    return [raw.decode() for bucket in found for raw in bucket]
+    threads = []
+    for raw in itertools.chain.from_iterable(found):
+        with suppress(UnicodeDecodeError):  # no thread's name
+            threads.append(raw.decode())
+    return threads
 
 
 async def _flush_alone(
@@ -212,7 +217,7 @@ async def _flush_some(
     async def body(session: Session) -> list[_Batch] | None:
         if is_past and not await holds_epoch(shared, session):
             return None
-        fences, mine = await _lock(session, thread_ids, wait=wait)
+        fences, mine = await _lock(shared, session, thread_ids, wait=wait)
         batches = [await _read(shared, session, hot, t, fences.get(t)) for t in mine]
         born.clear()
         # What was read since may be of the next life of one that exists now. Of the others
@@ -221,6 +226,7 @@ async def _flush_some(
         batches = [batch for batch in batches if batch.thread_id not in born]
         if any(batch.entries for batch in batches):
             await _write(shared, session, fences, batches)
+            await _note_flushed(session, batches)
         return batches
 
     batches = None
@@ -266,12 +272,19 @@ def note_durable(shared: Shared, *, is_away: bool) -> None:
 
 
 async def _lock(
-    session: Session, thread_ids: Sequence[str], *, wait: bool
+    shared: Shared, session: Session, thread_ids: Sequence[str], *, wait: bool
 ) -> tuple[dict[str, Fence], Sequence[str]]:
-    """Lock what can be; return the fences, and the threads that are ours to flush."""
+    """
+    Lock what can be; return the fences, and the threads that are ours to flush.
+
+    Copies that other processes have stored go: to store them once more would
+    undo what came since.
+    """
     params = {"threads": list(thread_ids)}
     rows = await session.fetch(sql.LOCK_THREADS if wait else sql.TRY_LOCK_THREADS, params)
-    fences = {thread_id: Fence(generation, history) for thread_id, generation, history in rows}
+    fences = {row[0]: Fence(*row[1:3]) for row in rows}
+    for thread_id, _, _, flushed in rows:
+        shared.copies.drop(thread_id, flushed)
     if wait or len(fences) == len(thread_ids):
         return fences, thread_ids
     # Of the others, those that exist are being flushed by someone. A deleted
@@ -324,6 +337,16 @@ async def _write(
         is_compact = shared.settings.storage == "compact"
         packing = await pack_entries(shared, session, pairs, fences, is_compact=is_compact)
         await _insert(session, pairs, packing, shared.settings.thread_metadata)
+
+
+async def _note_flushed(session: Session, batches: list[_Batch]) -> None:
+    """Tell other processes which of their steps are stored."""
+    rows = []
+    for batch in batches:
+        settled = batch.held | {entry.uid for entry in batch.copies}
+        rows += [(batch.thread_id, e.uid) for _, e in batch.journal if e.uid not in settled]
+    if rows:
+        await session.execute(sql.NOTE_FLUSHED, columns(rows, "threads", "uids"))
 
 
 # Rows to insert, by their primary keys.

@@ -51,8 +51,8 @@ from langgraph_vat._ops.shared import Known, Shared, now
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
-from langgraph_vat._records import Core, Entry, Fence, PutEntry, Snapshot, WritesEntry
-from langgraph_vat._seal.codec import Codec
+from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot, WritesEntry
+from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat.errors import (
     ConflictError,
     QuarantinedError,
@@ -110,7 +110,7 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
         ConflictError: The parent is not the newest any more, and that matters.
         UnavailableError: Neither tier can take it, or the backlog is full.
     """
-    _refuse_quarantined(shared, new.thread_id)
+    await _refuse_quarantined(shared, backend, new.thread_id)
     _warn_of_clock(shared, new)
     await _make_room(shared, backend, new.thread_id)
     known = await _known_to_put(shared, backend, new)
@@ -161,7 +161,7 @@ async def put_writes(
         ThreadDeletedError: The thread was deleted since this process last used it.
         UnavailableError: Neither tier can take it, or the backlog is full.
     """
-    _refuse_quarantined(shared, new.thread_id)
+    await _refuse_quarantined(shared, backend, new.thread_id)
     await _make_room(shared, backend, new.thread_id)
     known = await _known_to_write(shared, backend, new)
     for _ in range(_ROUNDS):
@@ -243,29 +243,37 @@ async def read_head(
     shown = _shown(thread_id, checkpoint_ns, *details)
     if shown is None:
         return b"open", None
-    fence, head, snapshot = shown
-    known = await _known_by_fence(shared, backend, thread_id, fence)
+    fence, held, newest, snapshot = shown
+    known = await _known_by_fence(shared, backend, thread_id, fence, snapshot)
     if known is None:
-        return b"closing", None  # deleted between the two reads: look again
-    if _is_behind(shared, thread_id, checkpoint_ns, head.checkpoint_id):
+        return b"open", None  # deleted meanwhile, or Redis remembers what is over
+    if _is_behind(shared, thread_id, checkpoint_ns, newest):
         await flush(shared, backend, [thread_id])
         return b"open", None
-    if held := head.held:
+    if held:
         shared.bases.learn(thread_id, checkpoint_ns, held)
     return answer, (snapshot, known) if snapshot else None
 
 
 def _shown(
     thread_id: str, checkpoint_ns: str, fence: bytes, fields: Sequence[bytes]
-) -> tuple[Fence, Head, Snapshot | None] | None:
-    """Return what a head shows, if it is not damaged and its parts belong together."""
+) -> tuple[Fence, dict[str, Blob], str, Snapshot | None] | None:
+    """
+    Return what a head shows, if it is not damaged and its parts belong together.
+
+    Returns:
+        The fence, the large values that it holds, the newest checkpoint's id, and that.
+    """
     try:
-        head = Head(checkpoint_ns, fields)
+        known_by = Fence.parse(fence.decode())
+        head = Head(known_by.generation, checkpoint_ns, fields)
         snapshot = _snapshot(thread_id, checkpoint_ns, head, head.core) if head.core else None
-        is_whole = snapshot is not None or head.core is None
-        return (Fence.parse(fence.decode()), head, snapshot) if is_whole else None
+        held = head.held
     except DAMAGES:
         return None
+    if head.core is not None and snapshot is None:
+        return None
+    return known_by, held, head.checkpoint_id, snapshot
 
 
 def _is_behind(shared: Shared, thread_id: str, checkpoint_ns: str, checkpoint_id: str) -> bool:
@@ -302,16 +310,16 @@ def _snapshot(thread_id: str, checkpoint_ns: str, head: Head, core: Core) -> Sna
 
 
 async def _known_by_fence(
-    shared: Shared, backend: Backend, thread_id: str, fence: Fence
+    shared: Shared, backend: Backend, thread_id: str, fence: Fence, snapshot: Snapshot | None
 ) -> Known | None:
     known = shared.threads.get(thread_id)
     if known is not None and known.fence == fence:
         return known
-    if shared.keyring is None:
+    if shared.keyring is None and snapshot is not None and not is_sealed(snapshot.exact_type):
         known = Known(fence, None)
         shared.threads.set(thread_id, known)
         return known
-    # Its key may be another one now.
+    # It may be sealed, which is not for this saver; or its key may be another one now.
     known = await find(shared, backend, thread_id, create=False)
     return known if known is not None and known.fence == fence else None
 
@@ -336,7 +344,7 @@ def _put_call(codec: Codec, entry: PutEntry, mode: str, *, is_patched: bool) -> 
         needs, marks = needs_pairs(sent), mark_pairs(sent)
         own, both = put_pairs(sent)
         where = (entry.checkpoint_ns, entry.checkpoint_id, entry.parent_id)
-        core = pack_core(entry.core, *where)
+        core = pack_core(entry.core, entry.fence.generation, *where)
         is_big = _is_big(shared, core, *both)
         if is_big:
             own, both = own + packed(both), sparse(both)
@@ -549,13 +557,18 @@ async def _has_parent(shared: Shared, backend: Backend, new: Put) -> bool:
     return bool((await backend.durable.fetch(sql.HAS_CHECKPOINT, params))[0][0])
 
 
-def _refuse_quarantined(shared: Shared, thread_id: str) -> None:
-    if cause := shared.quarantine.get(thread_id):
+async def _refuse_quarantined(shared: Shared, backend: Backend, thread_id: str) -> None:
+    """Refuse a step of a thread that is in quarantine, unless what it is in it for is over."""
+    if thread_id not in shared.quarantine:
+        return
+    try:
+        await flush(shared, backend, [thread_id])
+    except QuarantinedError as error:
         msg = (
             f"earlier steps of thread {thread_id!r} cannot be stored in Postgres"
-            f"; this one was not taken. {cause} Or copy or delete the thread."
+            f"; this one was not taken. {error.__cause__} Or delete the thread."
         )
-        raise QuarantinedError(msg) from cause
+        raise QuarantinedError(msg) from error.__cause__
 
 
 def _deleted(shared: Shared, thread_id: str) -> ThreadDeletedError:

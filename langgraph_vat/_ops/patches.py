@@ -143,8 +143,8 @@ class _Opener:
         try:
             type_, data = self._codec.open(blob.type, blob.data, *place)
         except SealError:
-            # It was changed: as any other value it is stored as it is, and refused to its readers.
-            return blob._replace(base="")
+            # It was changed: a whole one is stored as it is, and refused to its readers.
+            return None if blob.base else blob
         if not blob.base:
             self._values[key] = data
             return blob

@@ -195,7 +195,7 @@ async def _seal_page(
     shared: Shared, session: Session, thread_id: str, kind: _Kind, skipped: int
 ) -> tuple[int, int]:
     rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
-    known = await known_in(shared, session, thread_id, Fence(*rows[0][1:])) if rows else None
+    known = await known_in(shared, session, thread_id, Fence(*rows[0][1:3])) if rows else None
     if known is None or known.data_key is None:
         return 0, 0  # deleted meanwhile, or shredded
     codec = known.codec(NO_SERDE, thread_id)

@@ -152,7 +152,7 @@ async def copy_thread(
             await _keep_ancestors(session, source_id, target_id, checkpoint_id)
         if target.data_key is not None:
             # Its key may be another one since it was found.
-            known = await known_in(shared, session, source_id, Fence(*locked[0][1:]))
+            known = await known_in(shared, session, source_id, Fence(*locked[0][1:3]))
             codecs = (known or source).codec(serde, source_id), target.codec(serde, target_id)
             await seal_rows(session, target_id, *codecs, target.data_key)
         await recount(shared, session, target_id)

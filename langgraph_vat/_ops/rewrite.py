@@ -75,7 +75,7 @@ async def _thread(
                 if not rows or rows[0][1] != fence.generation:
                     return [], 0
                 # Its key may be another one by now.
-                known = await known_in(shared, session, thread_id, Fence(*rows[0][1:]))
+                known = await known_in(shared, session, thread_id, Fence(*rows[0][1:3]))
                 if known is None:
                     return [], 0
                 task = _Task(thread_id, known.codec(NO_SERDE, thread_id), is_compact)

@@ -168,7 +168,8 @@ async def fill(
             continue
         codec = known.codec(serde, thread_id)
         try:
-            pairs, held = await _content(shared, backend, codec, thread_id, checkpoint_ns, snapshot)
+            place = (known.fence.generation, thread_id, checkpoint_ns)
+            pairs, held = await _content(shared, backend, codec, *place, snapshot)
         except OtherKeyError:
             continue  # sealed anew since the key was read
         args: list[Arg] = [
@@ -222,13 +223,14 @@ async def _content(
     shared: Shared,
     backend: Backend,
     codec: Codec,
+    generation: str,
     thread_id: str,
     checkpoint_ns: str,
     snapshot: Snapshot | None,
 ) -> tuple[list[bytes], dict[str, Blob]]:
     """Return the pairs of a head, and the values that it holds; no values if that is too much."""
-    pairs, held = _pairs(codec, checkpoint_ns, snapshot)
-    pairs += await _early_writes(backend, codec, thread_id, checkpoint_ns, snapshot)
+    pairs, held = _pairs(codec, generation, checkpoint_ns, snapshot)
+    pairs += await _early_writes(backend, codec, generation, thread_id, checkpoint_ns, snapshot)
     if sum(map(len, pairs)) > shared.settings.max_head_bytes:
         return [*sparse(pairs), b"z", b"1"], {}
     return pairs, held
@@ -237,6 +239,7 @@ async def _content(
 async def _early_writes(
     backend: Backend,
     codec: Codec,
+    generation: str,
     thread_id: str,
     checkpoint_ns: str,
     snapshot: Snapshot | None,
@@ -250,16 +253,16 @@ async def _early_writes(
     ):
         unpacker = Unpacker(codec, checkpoint_ns, [to_blob(*base) for base in bases])
         write = unpacked_write(unpacker, codec, checkpoint_ns, checkpoint_id, Write(*columns))
-        pairs += write_pairs(checkpoint_id, [write])
+        pairs += write_pairs(generation, checkpoint_id, [write])
     return pairs
 
 
 def _pairs(
-    codec: Codec, checkpoint_ns: str, snapshot: Snapshot | None
+    codec: Codec, generation: str, checkpoint_ns: str, snapshot: Snapshot | None
 ) -> tuple[list[bytes], dict[str, Blob]]:
     """Return the head that shows what Postgres has, and the values that it holds."""
     if snapshot is None:
-        return empty_head(checkpoint_ns), {}
+        return empty_head(generation, checkpoint_ns), {}
     refuse_plaintext(snapshot, codec)
     snapshot = _complete(unpacked(with_sends(snapshot, codec), codec), codec)
     blobs = tuple(map(marked, snapshot.blobs))
@@ -269,7 +272,8 @@ def _pairs(
         snapshot.exact_type,
         snapshot.exact,
     )
-    return head_pairs(replace(snapshot, blobs=blobs), core), {blob.channel: blob for blob in blobs}
+    held = {blob.channel: blob for blob in blobs}
+    return head_pairs(generation, replace(snapshot, blobs=blobs), core), held
 
 
 def _complete(snapshot: Snapshot, codec: Codec) -> Snapshot:
@@ -300,10 +304,11 @@ async def settle(
         )
         if reply[0] != b"closing" or reply[1] != closing:
             return
-    text = closing.decode().removeprefix("closing:")
-    fence = Fence.parse(text)
-    params = {"thread": thread_id, "generation": fence.generation, "history": fence.history}
-    await backend.durable.fetch(sql.RAISE_HISTORY, params)
+    text = closing.removeprefix(b"closing:")
+    with suppress(ValueError):  # damaged: it says of no change that it is under way
+        fence = Fence.parse(text.decode())
+        params = {"thread": thread_id, "generation": fence.generation, "history": fence.history}
+        await backend.durable.fetch(sql.RAISE_HISTORY, params)
     await _reopen(shared, hot, thread_id, text, is_deleted=False)
 
 
@@ -395,6 +400,7 @@ async def _change(
 def _forget_deleted(shared: Shared, thread_id: str, fence: Fence) -> None:
     dead = [e for e in shared.copies.of(thread_id) if e.fence.generation == fence.generation]
     shared.copies.drop(thread_id, [entry.uid for entry in dead])
+    shared.quarantine.pop(thread_id, None)
     shared.bases.forget(thread_id)
     shared.threads.set(thread_id, None)
 
@@ -432,7 +438,7 @@ async def _under_lock(
         if is_past and not await holds_epoch(shared, session):
             return False
         rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
-        if not rows or Fence(*rows[0][1:]) != fence:
+        if not rows or Fence(*rows[0][1:3]) != fence:
             return False
         await body(session, fence)
         await session.execute(sql.FORGET_THREAD if is_deletion else sql.BUMP_HISTORY, params)
@@ -442,7 +448,7 @@ async def _under_lock(
 
 
 async def _reopen(
-    shared: Shared, hot: Hot, thread_id: str, fence: str, *, is_deleted: bool
+    shared: Shared, hot: Hot, thread_id: str, fence: str | bytes, *, is_deleted: bool
 ) -> bool:
     """Open a thread; return whether it was still closed under this fence."""
     keys = shared.keys

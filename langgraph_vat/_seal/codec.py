@@ -76,7 +76,7 @@ class PlainCodec:
 
     def open(self, type_: str, data: bytes, *_place: str) -> tuple[str, bytes]:
         """Refuse what is sealed."""
-        if type_.endswith(SUFFIX):
+        if is_sealed(type_):
             raise SealError("this data is sealed and no keyring was given; pass keyring=")
         return type_, data
 
@@ -155,6 +155,11 @@ def _dump_surrogates(serde: JsonPlusSerializer, value: Any) -> tuple[str, bytes]
     return None
 
 
+def is_sealed(type_: str) -> bool:
+    """Whether a type tag is that of something sealed."""
+    return type_.endswith(SUFFIX)
+
+
 def opened_type(type_: str) -> str:
     """
     Return the type tag below the seal.
@@ -162,7 +167,7 @@ def opened_type(type_: str) -> str:
     Raises:
         SealError: There is no seal.
     """
-    if not (type_ or "").endswith(SUFFIX):
+    if not is_sealed(type_ or ""):
         raise SealError(
             "data that must be sealed is not. It was not used: whoever writes to the database may"
             " have put it there. Restore it, or copy old unsealed data with an unsealed saver."

@@ -45,9 +45,27 @@ local function make_sparse(head)
 end
 
 -- What a head must carry in its field f to count: the thread may have been
--- opened again, for another namespace, in an epoch that this head did not see.
-local function mark(fence, epoch)
-  return fence .. '@' .. epoch
+-- opened again, for another namespace, in an epoch that this head did not see;
+-- it may be another's; its id may be damaged.
+local function mark(fence, epoch, id, head)
+  return table.concat({fence, epoch, id or '', head}, '@')
+end
+
+-- Whether a head has as many fields as it counted.
+local function is_whole(head, counted)
+  return tonumber(counted or '') == redis.call('HLEN', head) - 1
+end
+
+-- Super-steps in a journal; what is no such number has them flushed at once.
+local function steps_of(meta)
+  local text = redis.call('HGET', meta, 'n') or '0'
+  return text:match('^%d+$') and #text < 9 and tonumber(text) or 2 ^ 31
+end
+
+-- Takes away what is no such thing: somebody else wrote it, and ours is gone.
+local function require_type(key, kind)
+  local found = redis.call('TYPE', key).ok
+  if found ~= kind and found ~= 'none' then redis.call('DEL', key) end
 end
 
 -- Why a thread cannot be used under this fence and epoch; nil when it can.

@@ -5,6 +5,9 @@
 -- longer from here on: how long it is, is returned.
 -- KEYS  meta, journal, dirty
 -- ARGV  fence, thread
+require_type(KEYS[1], 'hash')
+require_type(KEYS[2], 'stream')
+require_type(KEYS[3], 'zset')
 redis.call('HSET', KEYS[1], 'f', 'closing:' .. ARGV[1])
 redis.call('HDEL', KEYS[1], 't')
 redis.call('PERSIST', KEYS[1])

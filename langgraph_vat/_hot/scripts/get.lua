@@ -5,10 +5,12 @@
 -- may remember less; it is asked here because the driver reconnects unseen.
 local run = redis.call('INFO', 'server'):match('run_id:(%w+)')
 if not ARGV[3]:find(run, 1, true) then return {'replaced'} end
+require_type(KEYS[1], 'hash')
+require_type(KEYS[2], 'hash')
 local stop = obstacle(KEYS[1], nil, ARGV[1])
 if stop then return stop end
 local fence = redis.call('HGET', KEYS[1], 'f')
 local state = redis.call('HMGET', KEYS[2], 'f', 'i', 'z')
-if state[1] ~= mark(fence, ARGV[1]) or state[3] then return {'open'} end
+if state[1] ~= mark(fence, ARGV[1], state[2], KEYS[2]) or state[3] then return {'open'} end
 if ARGV[2] ~= '' and state[2] ~= ARGV[2] then return {'past', fence} end
 return {'ok', fence, redis.call('HGETALL', KEYS[2])}

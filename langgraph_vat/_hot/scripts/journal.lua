@@ -1,6 +1,7 @@
 -- Read a thread's journal in order; of entries that the caller has, their uid alone.
 -- KEYS  journal
 -- ARGV  uids
+require_type(KEYS[1], 'stream')
 local known = {}
 for _, uid in ipairs(ARGV) do known[uid] = true end
 local entries = redis.call('XRANGE', KEYS[1], '-', '+')

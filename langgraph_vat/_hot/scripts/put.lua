@@ -13,14 +13,20 @@ local marks = needs + tonumber(ARGV[11])
 local own = marks + tonumber(ARGV[12])
 local shared = own + tonumber(ARGV[13])
 
+require_type(meta, 'hash')
+require_type(head, 'hash')
+require_type(journal, 'stream')
+require_type(dirty, 'zset')
+
 local stop = obstacle(meta, fence, epoch)
 if stop and not (mode == 'headless' and stop[1] == 'open') then return stop end
 
 local newest, sparse
 if mode ~= 'headless' then
-  local state = redis.call('HMGET', head, 'f', 'i', 'l', 'z')
+  local state = redis.call('HMGET', head, 'f', 'i', 'l', 'z', 'h')
   local current = state[2]
-  if state[1] ~= mark(fence, epoch) then return {'open'} end
+  if state[1] ~= mark(fence, epoch, current, head) then return {'open'} end
+  if not (state[4] or is_whole(head, state[5])) then return {'open'} end
   newest = not less(id, current)
   -- The same step may come again.
   if ARGV[10] == '1' and current ~= '' and current ~= parent and current ~= id then
@@ -55,7 +61,7 @@ elseif newest then
     end
     if not stays then added = added - redis.call('HDEL', head, field) end
   end
-  local values = {'f', mark(fence, epoch), 'i', id, 'p', parent}
+  local values = {'f', mark(fence, epoch, id, head), 'i', id, 'p', parent}
   if not sparse then values[7], values[8] = 'c', core end
   for at = shared, #ARGV, 2 do
     if not sparse or starts(ARGV[at], 'n:') then
@@ -65,8 +71,17 @@ elseif newest then
   count(head, added + set(head, values))
   if sparse then make_sparse(head) end
   redis.call('EXPIRE', head, ttl)
+elseif not sparse then
+  -- A version may come again with another value: nothing more builds on the one here.
+  local added = 0
+  for at = shared, #ARGV, 2 do
+    if starts(ARGV[at], 'b:') then
+      added = added - redis.call('HDEL', head, 'm:' .. ARGV[at]:sub(3))
+    end
+  end
+  count(head, added)
 end
-local steps = (tonumber(redis.call('HGET', meta, 'n')) or 0) + 1
+local steps = steps_of(meta) + 1
 redis.call('HSET', meta, 'n', steps)
 -- Last, whether the head has the values now.
 return {'ok', entry, steps, newest and not sparse and 1 or 0}

@@ -7,11 +7,16 @@ local thread, fence, epoch, ttl, id = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5
 local big = ARGV[6] == '1'
 local shared = 8 + tonumber(ARGV[7])
 
+require_type(meta, 'hash')
+require_type(head, 'hash')
+require_type(journal, 'stream')
+require_type(dirty, 'zset')
+
 local stop = obstacle(meta, fence, epoch)
 if stop then return stop end
 
 local state = redis.call('HMGET', head, 'f', 'i', 'z')
-local belongs = state[1] == mark(fence, epoch) and not less(id, state[2])
+local belongs = state[1] == mark(fence, epoch, state[2], head) and not less(id, state[2])
 
 local fields = {'k', 'writes', 'f', fence, 'i', id}
 for at = 8, #ARGV do fields[#fields + 1] = ARGV[at] end
@@ -29,4 +34,4 @@ elseif belongs and not state[3] then
   count(head, added)
   redis.call('EXPIRE', head, ttl)
 end
-return {'ok', entry, tonumber(redis.call('HGET', meta, 'n')) or 0}
+return {'ok', entry, steps_of(meta)}

@@ -2,6 +2,9 @@
 -- KEYS  meta, journal, dirty
 -- ARGV  thread, ttl, super-steps among the entries, their ids, ids of the others
 local meta, journal, dirty = KEYS[1], KEYS[2], KEYS[3]
+require_type(meta, 'hash')
+require_type(journal, 'stream')
+require_type(dirty, 'zset')
 local steps = 0  -- only what was still there: two flushes may bring the same entries
 for at = 4, #ARGV do
   local found = redis.call('XDEL', journal, ARGV[at])
@@ -16,9 +19,8 @@ else
   local fence = redis.call('HGET', meta, 'f')
   if not (fence and starts(fence, 'closing:')) then redis.call('ZREM', dirty, ARGV[1]) end
 end
-local waiting = redis.call('HGET', meta, 'n')
-if waiting then
-  local left = first and math.max(0, (tonumber(waiting) or 0) - steps) or 0
+if redis.call('HEXISTS', meta, 'n') == 1 then
+  local left = first and math.max(0, steps_of(meta) - steps) or 0
   redis.call('HSET', meta, 'n', left)
 end
 return {'ok'}
