@@ -152,7 +152,7 @@ def test_a_head_of_another_shape_is_read_from_postgres(process, client):
         assert saver.get_tuple(at()) == before
 
 
-@pytest.mark.parametrize("position", [0, 1, 2, 3])
+@pytest.mark.parametrize("position", [2, 3])
 def test_no_field_of_an_entry_can_be_damaged_or_lost(process, client, position):
     """Its writer is dead: there is nobody else to ask, so it is an error, and nothing is stored."""
     saver = process()
@@ -187,9 +187,14 @@ ASK = {
 
 
 @pytest.mark.parametrize("kind", ["meta", "head", "journal", "dirty"])
-@pytest.mark.parametrize("asked", ASK)
-def test_a_key_of_another_type_is_none_of_ours(process, client, kind, asked):
+def test_a_key_of_another_type_is_none_of_ours(process, client, kind):
     saver, other = process(), process()
+    for asked in ASK:
+        _spoil_and_ask(saver, other, client, kind, asked)
+        saver.delete_thread("t")
+
+
+def _spoil_and_ask(saver, other, client, kind, asked):
     config = grow(saver, at(), 3)
     keys = saver._shared.keys
     key = keys.head("t", "") if kind == "head" else getattr(keys, kind)("t")
@@ -206,9 +211,7 @@ def test_a_key_of_another_type_is_none_of_ours(process, client, kind, asked):
         assert saver.get_tuple(at()).config == config
 
 
-@pytest.mark.parametrize(
-    "fence", [b"", b"xyz", b"\xff\xfe", b"no-uuid:0", b"0b8e0000-0000-4000-8000-000000000000:"]
-)
+@pytest.mark.parametrize("fence", [b"\xff\xfe", b"no-uuid:0"])
 def test_a_change_that_nobody_can_name_is_not_waited_for(process, client, fence):
     saver, reader = process(), process()
     config = grow(saver, at(), 2)

@@ -121,7 +121,7 @@ def test_threads_go_on_while_keys_are_rotated(make):
 
     with ThreadPoolExecutor(32) as pool:
         runs = [pool.submit(run, number) for number in range(32)]
-        rotated = sum(one.threads.rotate().rotated for _ in range(10) for one in rotating)
+        rotated = sum(one.threads.rotate().rotated for _ in range(4) for one in rotating)
         is_over.set()
         steps = [done.result() for done in runs]
     assert rotated > 32

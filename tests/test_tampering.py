@@ -18,7 +18,7 @@ from langgraph.checkpoint.base.id import uuid6
 from langgraph_vat import HybridSaver, Keyring, SealError, SemanticStore, VatError
 from langgraph_vat._hot.entries import _summed
 
-FLIPS = int(os.environ.get("FLIPS", "240"))
+FLIPS = int(os.environ.get("FLIPS", "120"))
 KEYRING = Keyring.generate()
 _dice = random.Random(5)
 
