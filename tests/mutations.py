@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "a missing head on a dirty thread is not answered from Postgres alone",
         "_ops/threads.py",
-        "        if ticket is None:\n            await flush(shared, backend, [thread_id])\n",
-        "",
+        "    if ticket is None:\n        await flush(shared, backend, [thread_id])\n    return ticket",
+        "    return ticket",
         "test_protocol.py::test_the_head_is_missing_before_every_read",
     ),
     Mutation(
@@ -117,8 +117,8 @@ MUTATIONS = [
     Mutation(
         "a delta finds the values that it relies on in the head",
         "_hot/scripts/put.lua",
-        "      if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then return {'whole'} end\n",
-        "",
+        "      if redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then\n",
+        "      if at >= marks and redis.call('HGET', head, ARGV[at]) ~= ARGV[at + 1] then\n",
         "test_protocol.py test_saver_model.py test_graphs.py",
     ),
     Mutation(
@@ -340,8 +340,8 @@ MUTATIONS = [
     Mutation(
         "a head that lost a field is not believed",
         "_hot/entries.py",
-        '        if int(self._fields[b"h"]) != len(self._fields) - 1:\n',
-        "        if False:\n",
+        '        is_whole = int(self._fields[b"h"]) == len(self._fields) - 1\n',
+        "        is_whole = True\n",
         "test_damage.py::test_no_field_of_a_head_can_be_damaged_or_lost",
     ),
     Mutation(
@@ -550,15 +550,15 @@ MUTATIONS = [
     Mutation(
         "no process believes a head that is older than its own step",
         "_ops/hot.py",
-        "    if _is_behind(shared, thread_id, checkpoint_ns, head.checkpoint_id):\n",
+        "    if _is_behind(shared, thread_id, checkpoint_ns, newest):\n",
         "    if False:\n",
         "test_protocol.py::test_no_process_believes_a_head_that_is_older_than_its_own_step",
     ),
     Mutation(
         "a head from before an epoch stays away whatever else is opened",
         "_hot/scripts/_common.lua",
-        "return fence .. '@' .. epoch",
-        "return fence",
+        "return table.concat({fence, epoch, id or '', head}, '@')",
+        "return table.concat({fence, id or '', head}, '@')",
         "test_protocol.py::test_a_head_from_before_an_epoch_stays_away_whatever_else_is_opened",
     ),
     Mutation(
