@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "a missing head on a dirty thread is not answered from Postgres alone",
         "_ops/threads.py",
-        "    if ticket is None:\n        await flush(shared, backend, [thread_id])\n    return ticket",
-        "    return ticket",
+        "    if ticket is None:\n        await flush(shared, backend, [thread_id])\n    return",
+        "    return",
         "test_protocol.py::test_the_head_is_missing_before_every_read",
     ),
     Mutation(
