@@ -45,6 +45,7 @@ _MOST_THREADS = 64
 # Seconds for which a step waits for what it builds on, should that be in another
 # process's hands: that one may be slow, or frozen.
 _BASELESS_S = 60.0
+_FORGOTTEN_S = 10 * _BASELESS_S
 # Later than any history number: then nothing waits for a parent.
 _ANY = 2**63
 
@@ -474,6 +475,9 @@ def _say_baseless(thread_id: str, count: int, *, is_late: bool) -> None:
 
 def _is_late(shared: Shared, baseless: list[PutEntry]) -> bool:
     """Whether one of them has waited for its base for longer than a live process takes."""
+    for uid, waiting in list(shared.baseless.items()):
+        if now() - waiting > _FORGOTTEN_S:  # another process stored it, or its thread is gone
+            shared.baseless.pop(uid, None)
     since = [shared.baseless.setdefault(entry.uid, now()) for entry in baseless]
     return bool(since) and now() - min(since) > _BASELESS_S
 
