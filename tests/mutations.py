@@ -684,9 +684,23 @@ MUTATIONS = [
     Mutation(
         "a sweep asks again under the lock, after a flush",
         "_ops/sweep.py",
-        "        if not rows or _Due(*rows[0][:4]) != due:\n            raise _LeftAloneError\n",
+        "[due for due in map(_Due._make, rows) if due.is_deletion]",
+        "[due for due in batch if due.thread_id in stored]",
+        "test_threads.py::test_a_thread_whose_newest_step_is_in_redis_only_is_left_alone",
+    ),
+    Mutation(
+        "a prune asks again under the lock, after a flush",
+        "_ops/sweep.py",
+        "    if not rows or _Due(*rows[0])[:4] != due[:4]:\n        raise _LeftAloneError\n",
         "",
         "test_threads.py::test_a_thread_whose_newest_step_is_in_redis_only_is_left_alone",
+    ),
+    Mutation(
+        "a sweep leaves a thread alone that has steps which Postgres refuses",
+        "_ops/sweep.py",
+        "[one for one in threads if one not in shared.quarantine]",
+        "list(threads)",
+        "test_threads.py::test_steps_that_postgres_refuses_are_not_swept_away_and_stop_no_sweep",
     ),
     Mutation(
         "what others build on stays whole when it is rewritten",

@@ -710,6 +710,28 @@ def test_a_thread_whose_newest_step_is_in_redis_only_is_left_alone(make_hot, pos
             assert len(states(one, "t")) == 4 * number
 
 
+@pytest.mark.parametrize("refused", [["t3"], ["t3", "t5"], ["t3", "t5", "t20"]])
+def test_steps_that_postgres_refuses_are_not_swept_away_and_stop_no_sweep(
+    make_hot, postgres_url, refused
+):
+    saver, threads = make_hot(), [f"t{number}" for number in range(24)]
+    configs = {thread: grow(saver, thread, 1) for thread in threads}
+    saver.flush()
+    rule = f"thread_id <> ALL ('{{{','.join(refused)}}}')"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"ALTER TABLE checkpoints ADD CONSTRAINT nope CHECK ({rule}) NOT VALID")
+    for thread in refused:
+        put(saver, configs[thread], "acknowledged")
+    age(postgres_url, 90)
+    assert saver.threads.sweep(IDLE)[:2] == (24 - len(refused), 24 - len(refused))
+    assert saver.threads.sweep(IDLE, dry_run=True) == NOTHING
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE checkpoints DROP CONSTRAINT nope")
+    saver.flush()
+    assert {one.thread_id for one in saver.threads.search()} == {*refused}
+    assert all(len(states(saver, thread)) == 2 for thread in refused)
+
+
 def test_what_was_swept_away_does_not_come_back(make, postgres_url):
     sweeper, other = make(), make()
     config = grow(sweeper, "t")

@@ -562,13 +562,13 @@ ORDER BY 2
 # --- retention -----------------------------------------------------------
 
 DELETE_ROWS: LiteralString = """
-WITH c AS (DELETE FROM checkpoints WHERE thread_id = %(thread)s),
-    b AS (DELETE FROM checkpoint_blobs WHERE thread_id = %(thread)s),
-    w AS (DELETE FROM checkpoint_writes WHERE thread_id = %(thread)s)
-DELETE FROM vat_floors WHERE thread_id = %(thread)s
+WITH c AS (DELETE FROM checkpoints WHERE thread_id = ANY(%(threads)s)),
+    b AS (DELETE FROM checkpoint_blobs WHERE thread_id = ANY(%(threads)s)),
+    w AS (DELETE FROM checkpoint_writes WHERE thread_id = ANY(%(threads)s))
+DELETE FROM vat_floors WHERE thread_id = ANY(%(threads)s)
 """
 
-FORGET_THREAD: LiteralString = "DELETE FROM vat_threads WHERE thread_id = %(thread)s"
+FORGET_THREADS: LiteralString = "DELETE FROM vat_threads WHERE thread_id = ANY(%(threads)s)"
 
 # The newest checkpoints of each namespace, and the channels whose value must
 # be rebuilt from its ancestors' writes (DeltaChannel leaves them counters).
@@ -645,7 +645,7 @@ WHERE b.thread_id = %(thread)s AND NOT EXISTS (
 # another one, unless that keeps fewer.
 _DUE: LiteralString = """
 SELECT t.thread_id, x.is_expired, p.policy ->> 'strategy', (p.policy ->> 'keep_last')::bigint,
-    t.steps, t.bytes
+    t.steps, t.bytes, t.generation::text, t.history
 FROM vat_threads t
 CROSS JOIN LATERAL (SELECT coalesce(t.retention, %(policy)s::jsonb)) AS p (policy)
 CROSS JOIN LATERAL (SELECT coalesce(greatest(
@@ -677,7 +677,7 @@ EXISTS (
 )
 """
 
-IS_DUE: LiteralString = _DUE + "AND t.thread_id = %(thread)s AND NOT" + _STRANGER
+ARE_DUE: LiteralString = _DUE + "AND t.thread_id = ANY(%(threads)s) AND NOT" + _STRANGER
 
 TOUCH_STRANGER: LiteralString = (
     "UPDATE vat_threads t SET updated_at = now() WHERE t.thread_id = %(thread)s AND"
@@ -720,8 +720,8 @@ VALUES (%(thread)s, %(namespace)s, %(floor)s)
 ON CONFLICT (thread_id, checkpoint_ns) DO UPDATE SET floor = excluded.floor
 """
 
-BUMP_HISTORY: LiteralString = (
-    "UPDATE vat_threads SET history = history + 1 WHERE thread_id = %(thread)s"
+BUMP_HISTORIES: LiteralString = (
+    "UPDATE vat_threads SET history = history + 1 WHERE thread_id = ANY(%(threads)s)"
 )
 
 THREADS_OF_RUNS: LiteralString = """

@@ -36,8 +36,11 @@ class AsyncioSession:
         self._connection = connection
         self._pipeline = pipeline
 
-    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
-        cursor = await self._connection.execute(query, params, binary=True)
+    async def fetch(
+        self, query: Query, params: Params = None, *, plan_anew: bool = False
+    ) -> list[Row]:
+        prepare = False if plan_anew else None
+        cursor = await self._connection.execute(query, params, binary=True, prepare=prepare)
         if self._pipeline is not None:
             await self._pipeline.sync()  # the server's idle timeout runs only from here
         return await cursor.fetchall()
@@ -61,12 +64,14 @@ class AsyncioDurable:
 
         return await self._twice(attempt)
 
-    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+    async def fetch(
+        self, query: Query, params: Params = None, *, plan_anew: bool = False
+    ) -> list[Row]:
         if self._pool.address.is_path_lost:
-            return await self.transact(lambda session: session.fetch(query, params))
+            return await self.transact(lambda s: s.fetch(query, params, plan_anew=plan_anew))
 
         async def attempt(connection: Connection) -> list[Row]:
-            return await AsyncioSession(connection).fetch(query, params)
+            return await AsyncioSession(connection).fetch(query, params, plan_anew=plan_anew)
 
         return await self._twice(attempt)
 

@@ -33,8 +33,11 @@ class BlockingSession:
         self._connection = connection
         self._pipeline = pipeline
 
-    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
-        cursor = self._connection.execute(query, params, binary=True)
+    async def fetch(
+        self, query: Query, params: Params = None, *, plan_anew: bool = False
+    ) -> list[Row]:
+        prepare = False if plan_anew else None
+        cursor = self._connection.execute(query, params, binary=True, prepare=prepare)
         if self._pipeline is not None:
             self._pipeline.sync()  # the server's idle timeout runs only from here
         return cursor.fetchall()
@@ -58,12 +61,14 @@ class BlockingDurable:
 
         return await self._twice(attempt)
 
-    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+    async def fetch(
+        self, query: Query, params: Params = None, *, plan_anew: bool = False
+    ) -> list[Row]:
         if self._pool.address.is_path_lost:
-            return await self.transact(lambda session: session.fetch(query, params))
+            return await self.transact(lambda s: s.fetch(query, params, plan_anew=plan_anew))
 
         async def attempt(connection: Connection) -> list[Row]:
-            return await BlockingSession(connection).fetch(query, params)
+            return await BlockingSession(connection).fetch(query, params, plan_anew=plan_anew)
 
         return await self._twice(attempt)
 

@@ -47,8 +47,15 @@ class Script:
 class Session(Protocol):
     """One transaction on one connection: READ COMMITTED, rolled back on any error."""
 
-    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
-        """Run `query` and return its rows. Everything sent before it has run."""
+    async def fetch(
+        self, query: Query, params: Params = None, *, plan_anew: bool = False
+    ) -> list[Row]:
+        """
+        Run `query` and return its rows. Everything sent before it has run.
+
+        With `plan_anew` Postgres plans it for these very values, instead of once for
+        all: where the best way depends on which conditions are absent.
+        """
         ...
 
     async def execute(self, query: Query, params: Params = None) -> None:
@@ -79,7 +86,9 @@ class Durable(Protocol):
         """
         ...
 
-    async def fetch(self, query: Query, params: Params = None) -> list[Row]:
+    async def fetch(
+        self, query: Query, params: Params = None, *, plan_anew: bool = False
+    ) -> list[Row]:
         """
         Run one statement that commits by itself and return its rows.
 

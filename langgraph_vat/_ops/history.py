@@ -74,6 +74,7 @@ async def get_one(
 ) -> tuple[Snapshot, Known] | None:
     """Return the checkpoint with this id."""
     hot = await hot_to_read(shared, backend)
+    answer = b""
     if hot is not None:
         try:
             answer, head = await read_head(
@@ -84,7 +85,8 @@ async def get_one(
                 return head
         except HotTierError:
             await degrade(shared, backend)
-    await flush_waiting(shared, backend, thread_id)
+    if answer != b"clean" or shared.copies.of(thread_id):
+        await flush_waiting(shared, backend, thread_id)
     params = {"thread": thread_id, "namespace": checkpoint_ns, "checkpoint": checkpoint_id}
     rows = await backend.durable.fetch(sql.SELECT_ONE, params)
     known = await _known(shared, backend, thread_id) if rows else None
@@ -110,7 +112,8 @@ async def page(
         await flush_waiting(shared, backend, listing.thread_id)
     size = _PAGE if most is None else max(1, min(most, _PAGE))
     statement = sql.SELECT_PAGE if listing.has_values else sql.SELECT_LIGHT_PAGE
-    rows = await backend.durable.fetch(statement, _page_params(shared, listing, cursor, size))
+    params = _page_params(shared, listing, cursor, size)
+    rows = await backend.durable.fetch(statement, params, plan_anew=True)
     if listing.thread_id is None:
         threads = await find_all(shared, backend, {row[0] for row in rows})
     else:

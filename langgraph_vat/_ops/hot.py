@@ -227,14 +227,17 @@ async def read_head(
 
     Returns:
         ``ok`` with the checkpoint, or with None where it is known that the
-        namespace has none; ``open`` and ``past`` where Redis cannot tell,
+        namespace has none; ``open`` where Redis cannot tell, ``past`` and ``clean``
+        where it is not the newest: something waits in the journal, or nothing does;
         ``ended`` where it must be asked again.
     """
-    keys = [shared.keys.meta(thread_id), shared.keys.head(thread_id, checkpoint_ns)]
+    names = shared.keys
+    keys = [names.meta(thread_id), names.head(thread_id, checkpoint_ns), names.journal(thread_id)]
     epoch = shared.epoch
     args: list[Arg] = [epoch, checkpoint_id, shared.state.hot_runs]
     answer, *details = await hot.script(scripts.GET, keys, args)
-    if answer in (b"ok", b"replaced") and not await is_still(shared, backend, epoch, answer):
+    is_told = answer in (b"ok", b"clean", b"replaced")
+    if is_told and not await is_still(shared, backend, epoch, answer):
         return b"ended", None
     if answer == b"closing":
         await settle(shared, backend, hot, thread_id, details[0])

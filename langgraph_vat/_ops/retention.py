@@ -28,14 +28,9 @@ async def delete_thread(shared: Shared, backend: Backend, thread_id: str) -> Non
     """Delete a thread, its fence and its data key, in both tiers."""
 
     async def body(session: Session, _: Fence) -> None:
-        await delete_rows(session, thread_id)
+        await session.execute(sql.DELETE_ROWS, {"threads": [thread_id]})
 
     await change_history(shared, backend, thread_id, body, is_deletion=True)
-
-
-async def delete_rows(session: Session, thread_id: str) -> None:
-    """Delete all that a thread stored."""
-    await session.execute(sql.DELETE_ROWS, {"thread": thread_id})
 
 
 async def delete_tenant(shared: Shared, backend: Backend, tenant: str) -> int:

@@ -51,5 +51,5 @@ async def search_threads(
         "before_id": before.thread_id if before else "",
         "limit": limit,
     }
-    rows = await backend.durable.fetch(sql.SEARCH_THREADS, params)
+    rows = await backend.durable.fetch(sql.SEARCH_THREADS, params, plan_anew=True)
     return [ThreadInfo._make((*told, Retention(**own) if own else None)) for *told, own in rows]

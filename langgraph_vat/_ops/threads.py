@@ -14,7 +14,7 @@ A thread's fence: read it, open the thread in Redis under it, give it a new one.
 
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -296,12 +296,11 @@ async def settle(
     Abandoning raises the fence first. If that process lives after all, its
     transaction finds another fence than it closed, and starts over.
     """
-    meta, head = shared.keys.meta(thread_id), shared.keys.head(thread_id, "")
+    names = shared.keys
+    keys = [names.meta(thread_id), names.head(thread_id, ""), names.journal(thread_id)]
     for _ in range(_CLOSED_ROUNDS):
         await backend.sleep(_CLOSED_PAUSE_S)
-        reply = await hot.script(
-            scripts.GET, [meta, head], [shared.epoch, "", shared.state.hot_runs]
-        )
+        reply = await hot.script(scripts.GET, keys, [shared.epoch, "", shared.state.hot_runs])
         if reply[0] != b"closing" or reply[1] != closing:
             return
     text = closing.removeprefix(b"closing:")
@@ -346,54 +345,68 @@ async def change_history(
     Returns:
         Whether there was such a thread.
     """
+
+    async def alone(session: Session, _: Collection[str]) -> Collection[str]:
+        await body(session, fence)
+        return [thread_id]
+
     while True:
         found = await _find_row(shared, backend, thread_id, create=False)
         if found is None:
             return False
-        if await _change(
+        fence = found[0]
+        if await change_histories(
             shared,
             backend,
-            thread_id,
-            found[0],
-            body,
+            {thread_id: fence},
+            alone,
             is_deletion=is_deletion,
             is_flushed=not is_deletion if is_flushed is None else is_flushed,
         ):
             return True
 
 
-async def _change(
+async def change_histories(
     shared: Shared,
     backend: Backend,
-    thread_id: str,
-    fence: Fence,
-    body: Callable[[Session, Fence], Awaitable[None]],
+    fences: Mapping[str, Fence],
+    body: Callable[[Session, Collection[str]], Awaitable[Collection[str]]],
     *,
     is_deletion: bool,
     is_flushed: bool,
-) -> bool:
-    """Change a thread that is at `fence`; return False where it is no longer."""
-    hot, waiting = await _close(shared, backend, thread_id, fence)
+) -> Collection[str]:
+    """
+    Change those of some threads that are still at these fences, in one transaction.
+
+    `body` is given them, and returns those whose rows it changed.
+
+    Returns:
+        The threads that were changed.
+    """
+    hot, waiting = await _close(shared, backend, fences)
     is_past = hot is None and backend.hot is not None
-    done = False
+    done: Collection[str] = ()
     try:
-        if is_flushed and (waiting or shared.copies.of(thread_id)):
-            await flush(shared, backend, [thread_id])
+        dirty = [one for one in fences if one in waiting or shared.copies.of(one)]
+        if is_flushed and dirty:
+            await flush(shared, backend, dirty)
         done = await _under_lock(
-            shared, backend, thread_id, fence, body, is_deletion=is_deletion, is_past=is_past
+            shared, backend, fences, body, is_deletion=is_deletion, is_past=is_past
         )
     finally:
-        # Before it is open again: a late write must not find it unknown, and begin it anew.
-        if done and is_deletion:
-            _forget_deleted(shared, thread_id, fence)
-        else:
-            shared.threads.forget(thread_id)
-        if hot is not None:
-            is_deleted = done and is_deletion
-            is_ours = await _reopen(shared, hot, thread_id, fence.text, is_deleted=is_deleted)
-            if done and not is_ours:
-                # Redis forgot that it was closed: it may have been filled meanwhile.
-                await degrade(shared, backend)
+        for thread_id, fence in fences.items():
+            is_deleted = is_deletion and thread_id in done
+            # Before it is open again: a late write must not find it unknown, and begin it anew.
+            if is_deleted:
+                _forget_deleted(shared, thread_id, fence)
+            else:
+                shared.threads.forget(thread_id)
+            if hot is not None:
+                text = fence.text
+                is_ours = await _reopen(shared, hot, thread_id, text, is_deleted=is_deleted)
+                if thread_id in done and not is_ours:
+                    # Redis forgot that it was closed: it may have been filled meanwhile.
+                    await degrade(shared, backend)
     return done
 
 
@@ -406,43 +419,43 @@ def _forget_deleted(shared: Shared, thread_id: str, fence: Fence) -> None:
 
 
 async def _close(
-    shared: Shared, backend: Backend, thread_id: str, fence: Fence
-) -> tuple[Hot | None, int]:
-    """Close a thread in Redis, if there is one to be heeded; return how many entries wait there."""
+    shared: Shared, backend: Backend, fences: Mapping[str, Fence]
+) -> tuple[Hot | None, set[str]]:
+    """Close threads in Redis, if there is one to be heeded; return those with a journal there."""
     hot = await hot_to_write(shared, backend)
     if hot is None:
-        return None, 0
-    keys = shared.keys
-    three = [keys.meta(thread_id), keys.journal(thread_id), keys.dirty(thread_id)]
+        return None, set()
+    keys, waiting = shared.keys, set()
     try:
-        reply = await hot.script(scripts.CLOSE, three, [fence.text, thread_id])
+        for thread_id, fence in fences.items():
+            three = [keys.meta(thread_id), keys.journal(thread_id), keys.dirty(thread_id)]
+            reply = await hot.script(scripts.CLOSE, three, [fence.text, thread_id])
+            if reply[1]:
+                waiting.add(thread_id)
     except HotTierError:
         await degrade(shared, backend)
-        return None, 0
-    return hot, reply[1]
+        return None, set()
+    return hot, waiting
 
 
 async def _under_lock(
     shared: Shared,
     backend: Backend,
-    thread_id: str,
-    fence: Fence,
-    body: Callable[[Session, Fence], Awaitable[None]],
+    fences: Mapping[str, Fence],
+    body: Callable[[Session, Collection[str]], Awaitable[Collection[str]]],
     *,
     is_deletion: bool,
     is_past: bool,
-) -> bool:
-    params = {"thread": thread_id}
-
-    async def transaction(session: Session) -> bool:
+) -> Collection[str]:
+    async def transaction(session: Session) -> Collection[str]:
         if is_past and not await holds_epoch(shared, session):
-            return False
-        rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
-        if not rows or Fence(*rows[0][1:3]) != fence:
-            return False
-        await body(session, fence)
-        await session.execute(sql.FORGET_THREAD if is_deletion else sql.BUMP_HISTORY, params)
-        return True
+            return ()
+        rows = await session.fetch(sql.LOCK_THREADS, {"threads": list(fences)})
+        same = [row[0] for row in rows if Fence(*row[1:3]) == fences[row[0]]]
+        done = await body(session, same) if same else ()
+        params = {"threads": list(done)}
+        await session.execute(sql.FORGET_THREADS if is_deletion else sql.BUMP_HISTORIES, params)
+        return done
 
     return await backend.durable.transact(transaction)
 
