@@ -352,11 +352,11 @@ MUTATIONS = [
         "test_damage.py::test_what_a_head_lost_is_missed_after_it_went_on",
     ),
     Mutation(
-        "nor the head of another namespace",
+        "nor a checkpoint of an earlier life",
         "_hot/entries.py",
         '    return [b"c", *(one.encode() for one in where)]\n',
         '    return [b"c", *(one.encode() for one in where[1:])]\n',
-        "test_damage.py::test_the_head_of_another_place_is_not_believed",
+        "test_damage.py::test_the_checkpoint_of_an_earlier_life_is_not_believed",
     ),
     Mutation(
         "nor one of another shape",

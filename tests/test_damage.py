@@ -136,6 +136,18 @@ def test_the_head_of_another_place_is_not_believed(process, client):
         assert reader.get_tuple(at()) == before
 
 
+def test_the_checkpoint_of_an_earlier_life_is_not_believed(process, client):
+    saver, checkpoint = process(), {**empty_checkpoint(), "id": str(uuid6())}
+    head, config, cores = saver._shared.keys.head("t", ""), at(), []
+    for life in (1, 2):
+        saver.put(config, checkpoint, {"step": life}, {})
+        cores.append(client.hget(head, "c"))
+        if life == 1:
+            saver.delete_thread("t")
+    client.hset(head, "c", cores[0])
+    assert saver.get_tuple(at()).metadata["step"] == 2
+
+
 def test_a_head_of_another_shape_is_read_from_postgres(process, client):
     """Written by another program, or another version of this one, with sums that are right."""
     saver = process()

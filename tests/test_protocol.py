@@ -466,10 +466,12 @@ def test_a_thread_left_closed_is_opened_though_nobody_comes_by(process, client):
 
 def test_a_torn_head_is_not_served(process, client):
     saver = process()
-    put(saver, None, 1)
+    config = put(saver, None, 1)
     (head,) = client.keys("*}:h:*")
-    client.hset(head, "n:a", "another version")
-    assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 1
+    older = {name: client.hget(head, name) for name in ("n:a", "b:a")}
+    put(saver, config, 2)
+    client.hset(head, mapping=older)  # whole by itself, and of another checkpoint
+    assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
 
 
 def test_redis_goes_and_comes_back(own_redis, postgres_url):
