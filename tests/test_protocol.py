@@ -474,6 +474,14 @@ def test_a_torn_head_is_not_served(process, client):
     assert saver.get_tuple(at()).checkpoint["channel_values"]["a"] == 2
 
 
+def test_a_step_that_waited_and_was_stored_by_another_process_is_forgotten(process):
+    saver = process()
+    saver._shared.baseless.update({b"old": now() - 700, b"new": now()})
+    put(saver, None, 1)
+    saver.flush()
+    assert [*saver._shared.baseless] == [b"new"]
+
+
 def test_redis_goes_and_comes_back(own_redis, postgres_url):
     options: Any = {"redis": own_redis.url, "flush_after": 600.0, "timeout_s": 2.0}
     with HybridSaver.from_conn_string(postgres_url, **options) as saver:
