@@ -36,8 +36,11 @@ from langgraph.graph import START, StateGraph  # noqa: E402
 from langgraph.types import Command, interrupt  # noqa: E402
 
 from langgraph_vat import HybridSaver, ThreadDeletedError, VatError  # noqa: E402
+from langgraph_vat._hot import bases  # noqa: E402
 from tests.faults.checker import digest  # noqa: E402
 
+# A cache that takes half an hour to fill looks like a leak.
+bases._MOST = 2**21
 TURNS = 8
 LARGE = 0.15
 SHARED = 4
