@@ -364,6 +364,8 @@ AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.id
 
 # --- read ----------------------------------------------------------------
 
+# A limit of one row keeps the planner at the primary key: it takes the versions of a
+# checkpoint for a hundred, and would rather walk over all values that a thread ever had.
 _SNAPSHOT: LiteralString = """
 SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoint_id, ''),
     c.checkpoint, c.metadata, coalesce(c.vat_type, ''), coalesce(c.vat_exact, ''),
@@ -372,9 +374,11 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
                      convert_to(b.type, 'UTF8'), b.blob,
                      convert_to(coalesce(b.vat_bases[cardinality(b.vat_bases)], ''), 'UTF8')]
         FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
-        JOIN checkpoint_blobs b
-            ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
-            AND b.channel = v.key AND b.version = v.value
+        CROSS JOIN LATERAL (
+            SELECT * FROM checkpoint_blobs b
+            WHERE b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+            AND b.channel = v.key AND b.version = v.value LIMIT 1
+        ) AS b
     ),
     ARRAY(
         SELECT ARRAY[convert_to(w.task_id, 'UTF8'), convert_to(w.idx::text, 'UTF8'),
@@ -400,19 +404,23 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
                      convert_to(b.type, 'UTF8'), b.blob,
                      convert_to(coalesce(b.vat_bases[cardinality(b.vat_bases)], ''), 'UTF8')]
         FROM (
-            SELECT b.channel, unnest(b.vat_bases) AS version
+            SELECT v.key AS channel, unnest(b.vat_bases) AS version
             FROM jsonb_each_text(c.checkpoint -> 'channel_versions') AS v
-            JOIN checkpoint_blobs b
-                ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
-                AND b.channel = v.key AND b.version = v.value
+            CROSS JOIN LATERAL (
+                SELECT b.vat_bases FROM checkpoint_blobs b
+                WHERE b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+                AND b.channel = v.key AND b.version = v.value LIMIT 1
+            ) AS b
             UNION
             SELECT w.channel, unnest(w.vat_bases) FROM checkpoint_writes w
             WHERE w.thread_id = c.thread_id AND w.checkpoint_ns = c.checkpoint_ns
             AND w.checkpoint_id = c.checkpoint_id
         ) AS n
-        JOIN checkpoint_blobs b
-            ON b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
-            AND b.channel = n.channel AND b.version = n.version
+        CROSS JOIN LATERAL (
+            SELECT * FROM checkpoint_blobs b
+            WHERE b.thread_id = c.thread_id AND b.checkpoint_ns = c.checkpoint_ns
+            AND b.channel = n.channel AND b.version = n.version LIMIT 1
+        ) AS b
     )
 FROM checkpoints c
 """
@@ -453,8 +461,8 @@ AND c.checkpoint_id = %(checkpoint)s
 # One page of a list, newest first. Each absent condition is a null. Equal ids
 # in several threads or namespaces (copies) are ordered by those. A scoped view
 # sees the thread ids with its prefix; the unscoped one, those without any tenant's.
-# Containing is what an index finds; being equal is asked of what it found. Without
-# a filter both fall away before the planner would take them for rare.
+# Containing is what an index finds; of a list, an object or null, being equal is asked of
+# what it found. What is absent falls away before the planner would take it for rare.
 _PAGE: LiteralString = """
 WHERE (%(thread)s::text IS NULL OR c.thread_id = %(thread)s)
 AND starts_with(c.thread_id, %(prefix)s) = %(scoped)s
@@ -464,8 +472,9 @@ AND (%(before)s::text IS NULL OR c.checkpoint_id < %(before)s)
 AND (%(after_id)s::text IS NULL
      OR (c.checkpoint_id, c.thread_id, c.checkpoint_ns)
         < (%(after_id)s, %(after_thread)s, %(after_namespace)s))
-AND (%(filter)s::jsonb = '{}' OR c.metadata @> jsonb_strip_nulls(%(filter)s::jsonb) AND NOT EXISTS (
-    SELECT FROM jsonb_each(%(filter)s::jsonb) AS f
+AND (%(filter)s::jsonb = '{}' OR c.metadata @> %(filter)s::jsonb)
+AND (%(exact)s::jsonb = '{}' OR NOT EXISTS (
+    SELECT FROM jsonb_each(%(exact)s::jsonb) AS f
     WHERE coalesce(c.metadata -> f.key, 'null') <> f.value
 ))
 ORDER BY c.checkpoint_id DESC, c.thread_id DESC, c.checkpoint_ns DESC

@@ -155,11 +155,17 @@ def _page_params(
         "after_id": after_id,
         "after_thread": after_thread,
         "after_namespace": after_namespace,
-        "filter": orjson.dumps(visible).decode(),
+        "filter": orjson.dumps({k: v for k, v in visible.items() if v is not None}).decode(),
+        "exact": orjson.dumps({k: v for k, v in visible.items() if not _is_scalar(v)}).decode(),
         "prefix": listing.prefix,
         "scoped": listing.is_scoped,
         "limit": size,
     }
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether what contains a value is equal to it."""
+    return value is not None and not isinstance(value, dict | list | tuple)
 
 
 async def delta_history(
