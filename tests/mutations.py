@@ -710,6 +710,13 @@ MUTATIONS = [
         "test_rewrite.py::test_what_others_build_on_stays_whole",
     ),
     Mutation(
+        "reading a checkpoint costs the same however long its thread is",
+        "_durable/checkpoints.py",
+        "version = v.value LIMIT 1\n        ) AS b\n    ),",
+        "version = v.value\n        ) AS b\n    ),",
+        "test_plans.py::test_as_few_rows_are_looked_at_as_are_wanted",
+    ),
+    Mutation(
         "a step waits no longer than flush_after",
         "_lifecycle.py",
         "    await flush(shared, backend, threads, wait=False)\n",

@@ -33,7 +33,7 @@ logger = logging.getLogger("langgraph_vat")
 _PAGE = 256
 # Threads, and about how many checkpoints, of one transaction: whoever needs one of them waits.
 _MOST_THREADS = 16
-_MOST_STEPS = 500
+_MOST_STEPS = 200
 
 
 class _LeftAloneError(Exception):
