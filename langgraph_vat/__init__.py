@@ -11,13 +11,14 @@ from langgraph_vat.errors import (
     SealError,
     ShreddedError,
     ThreadDeletedError,
+    TypeNotAllowedError,
     UnavailableError,
     UnknownKeyError,
     VatError,
 )
 from langgraph_vat.keyring import Keyring
 from langgraph_vat.saver import HybridSaver
-from langgraph_vat.serde import EncryptedSerializer
+from langgraph_vat.serde import EncryptedSerializer, StrictSerializer
 from langgraph_vat.settings import Retention, Settings
 from langgraph_vat.store import SemanticStore
 from langgraph_vat.vat import Vat
@@ -38,7 +39,9 @@ __all__ = [
     "SemanticStore",
     "Settings",
     "ShreddedError",
+    "StrictSerializer",
     "ThreadDeletedError",
+    "TypeNotAllowedError",
     "UnavailableError",
     "UnknownKeyError",
     "Vat",

@@ -58,7 +58,7 @@ from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import ConfigurationError, InvalidInputError, SealError, UnavailableError
 from langgraph_vat.keyring import Keyring
-from langgraph_vat.serde import codec_for, sealing
+from langgraph_vat.serde import StrictSerializer, codec_for, sealing
 
 _FORMAT = 1
 _BEGIN = b'{"archive":'
@@ -101,7 +101,7 @@ class Archive(BaseCheckpointSaver[str]):
         serde: SerializerProtocol | None = None,
         read_only: bool = False,
     ) -> None:
-        super().__init__(serde=serde)
+        super().__init__(serde=serde or StrictSerializer())
         self._lock = threading.RLock()
         # Of values by name, and by where they are in the file.
         self._values: dict[_Value, _Place] = {}

@@ -19,6 +19,15 @@ class InvalidInputError(VatError, ValueError):
     """An argument is not something the backends can hold. Nothing was written."""
 
 
+class TypeNotAllowedError(InvalidInputError):
+    """
+    A value is of a type that may not be made again from what is stored.
+
+    Whoever can write to the database could otherwise have any class called. A write
+    was refused whole; of a read, nothing was changed.
+    """
+
+
 class UnavailableError(VatError):
     """
     A backend did not answer.

@@ -50,7 +50,7 @@ from langgraph_vat._ops.tiers import enable_hot, refresh, require_hot
 from langgraph_vat._ops.values import address, next_version, to_tuple
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import Keyring
-from langgraph_vat.serde import EncryptedSerializer, sealing
+from langgraph_vat.serde import EncryptedSerializer, StrictSerializer, sealing
 from langgraph_vat.settings import Settings
 from langgraph_vat.threads import Threads
 
@@ -88,7 +88,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         is_first: bool = False,
     ) -> None:
         keyring = sealing(keyring, serde)
-        super().__init__(serde=serde)
+        super().__init__(serde=serde or StrictSerializer())
         self._life = Lifecycle(connections, settings or Settings(), keyring)
         self._shared = self._life.shared
         self._shared.is_first = is_first

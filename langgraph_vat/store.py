@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
 
 from langgraph_vat._durable.items import TABLES, VECTOR_TABLES
@@ -23,7 +22,7 @@ from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
 from langgraph_vat._records import Resealed, Rotated
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring
-from langgraph_vat.serde import sealing
+from langgraph_vat.serde import StrictSerializer, sealing
 from langgraph_vat.settings import Settings
 
 
@@ -72,7 +71,7 @@ class SemanticStore(Managed, BaseStore):
         self._connections = connections
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
-        self._items = items.Items(vectors, keyring, serde or JsonPlusSerializer())
+        self._items = items.Items(vectors, keyring, serde or StrictSerializer())
 
     @classmethod
     def from_conn_string(

@@ -717,6 +717,27 @@ MUTATIONS = [
         "test_plans.py::test_as_few_rows_are_looked_at_as_are_wanted",
     ),
     Mutation(
+        "nothing is made of what is stored but types that are allowed",
+        "serde.py",
+        "        if blocked:\n",
+        "        if False:\n",
+        "test_strict.py::test_what_somebody_put_into_the_database_is_not_run",
+    ),
+    Mutation(
+        "what could not be read again is not written",
+        "serde.py",
+        "            self.loads_typed(typed)\n",
+        "",
+        "test_strict.py::test_a_type_that_is_not_allowed_is_refused_before_anything_is_written",
+    ),
+    Mutation(
+        "a serializer that allows more leaves the one it was taken from as strict as it was",
+        "serde.py",
+        "            clone._proven = set(self._proven)",
+        "            pass",
+        "test_strict.py::test_what_stands_deeper_is_refused_when_it_is_read",
+    ),
+    Mutation(
         "a step waits no longer than flush_after",
         "_lifecycle.py",
         "    await flush(shared, backend, threads, wait=False)\n",

@@ -29,7 +29,7 @@ from langgraph_vat._durable.packing import damaged, is_packed, is_patch, unpack
 from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.codec import Codec, SealedCodec
-from langgraph_vat.errors import InvalidInputError, SealError
+from langgraph_vat.errors import InvalidInputError, SealError, TypeNotAllowedError
 
 # What a sealed checkpoint still shows: LangGraph's own bookkeeping, without
 # which nothing could be listed, joined or pruned in SQL.
@@ -97,6 +97,8 @@ def _dump_exact(
     """Dump both at once; say which of the two was refused."""
     try:
         return codec.dump([metadata, hidden], "metadata", *place)
+    except TypeNotAllowedError as error:
+        raise TypeNotAllowedError(f"metadata, or a field of the checkpoint: {error}") from None
     except InvalidInputError as error:
         cause = error.__cause__
     what = "the metadata"
@@ -198,7 +200,7 @@ def _naming(channel: str) -> Iterator[None]:
     try:
         yield
     except InvalidInputError as error:
-        raise InvalidInputError(f"channel {channel!r}: {error}") from error.__cause__
+        raise type(error)(f"channel {channel!r}: {error}") from error.__cause__
 
 
 class Unpacker:

@@ -128,6 +128,8 @@ class SealedCodec:
 def _dump(serde: SerializerProtocol, value: Any) -> tuple[str, bytes]:
     try:
         type_, data = serde.dumps_typed(value)
+    except InvalidInputError:
+        raise
     except Exception as error:
         raise InvalidInputError(
             f"a value of type {type(value).__name__} cannot be serialized ({type(error).__name__});"
