@@ -188,7 +188,7 @@ class Archive(BaseCheckpointSaver[str]):
     def _header(keyring: Keyring | None) -> dict[str, Any]:
         id_, key = uuid.uuid4().hex, None
         if keyring is not None:
-            wrapped = DataKey.generate().wrap(keyring, associated_data=_bound(id_))
+            wrapped = DataKey.generate(keyring.cipher).wrap(keyring, associated_data=_bound(id_))
             key = base64.b64encode(wrapped).decode()
         return {"archive": _FORMAT, "id": id_, "data_key": key}
 

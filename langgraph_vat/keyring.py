@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from langgraph_vat.errors import ConfigurationError, SealError, UnknownKeyError
 
+AES, CHACHA = "aes256gcm", "chacha20poly1305"
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
 _ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -49,14 +50,19 @@ class Keyring:
 
     Args:
         keys: Pairs of id (1 to 32 of ``A-Z a-z 0-9 _ -``) and 32 bytes.
+        cipher: See `with_cipher`.
 
     Raises:
-        ConfigurationError: There is no key, or one is unusable.
+        ConfigurationError: There is no key, or one is unusable, or no such cipher.
     """
 
-    __slots__ = ("_ciphers", "_keys")
+    __slots__ = ("_ciphers", "_keys", "cipher")
 
-    def __init__(self, keys: Iterable[tuple[str, bytes]]) -> None:
+    def __init__(self, keys: Iterable[tuple[str, bytes]], *, cipher: str = AES) -> None:
+        if cipher not in (AES, CHACHA):
+            raise ConfigurationError(f"cipher must be {AES!r} or {CHACHA!r}")
+        self.cipher = cipher
+        """With which values are sealed under data keys that are made from now on."""
         self._keys: dict[str, bytes] = {}
         for key_id, key in keys:
             _refuse_unusable(key_id, key)
@@ -160,7 +166,7 @@ class Keyring:
         process, and with it what it sealed.
         """
         fresh = AESGCM.generate_key(bit_length=256) if key is None else key
-        return Keyring([*self._keys.items(), (key_id, fresh)])
+        return self._with([*self._keys.items(), (key_id, fresh)])
 
     def with_primary(self, key_id: str, key: bytes | None = None) -> "Keyring":
         """
@@ -172,9 +178,9 @@ class Keyring:
         """
         if key is None and key_id in self._keys:
             rest = [one for one in self._keys.items() if one[0] != key_id]
-            return Keyring([(key_id, self._keys[key_id]), *rest])
+            return self._with([(key_id, self._keys[key_id]), *rest])
         fresh = AESGCM.generate_key(bit_length=256) if key is None else key
-        return Keyring([(key_id, fresh), *self._keys.items()])
+        return self._with([(key_id, fresh), *self._keys.items()])
 
     def without(self, key_id: str) -> "Keyring":
         """
@@ -185,7 +191,26 @@ class Keyring:
         """
         if key_id not in self._keys:
             raise ConfigurationError(f"the keyring has no key {key_id!r}")
-        return Keyring([one for one in self._keys.items() if one[0] != key_id])
+        return self._with(one for one in self._keys.items() if one[0] != key_id)
+
+    def with_cipher(self, cipher: str) -> "Keyring":
+        """
+        Return a keyring under which values are sealed with another cipher.
+
+        Data keys that are there keep theirs until `reseal` replaces them; data keys
+        themselves are always wrapped with AES-256-GCM.
+
+        Args:
+            cipher: ``aes256gcm``; or ``chacha20poly1305``, which is the faster one where the
+                processor has no instructions for AES.
+
+        Raises:
+            ConfigurationError: It is neither.
+        """
+        return Keyring(self._keys.items(), cipher=cipher)
+
+    def _with(self, keys: Iterable[tuple[str, bytes]]) -> "Keyring":
+        return Keyring(keys, cipher=self.cipher)
 
     def wrap(self, plaintext: bytes, *, associated_data: bytes) -> bytes:
         """Return a secret encrypted under the primary key, bound to `associated_data`."""

@@ -24,7 +24,13 @@ from langgraph.checkpoint.serde.event_hooks import SerdeEvent, register_serde_ev
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat._seal.associated_data import associated_data
-from langgraph_vat._seal.codec import SUFFIX, Codec, PlainCodec, SealedCodec, opened_type
+from langgraph_vat._seal.codec import (
+    Codec,
+    PlainCodec,
+    SealedCodec,
+    opened_type,
+    refuse_unsealed,
+)
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import ConfigurationError, TypeNotAllowedError
 from langgraph_vat.keyring import Keyring
@@ -143,7 +149,7 @@ def _not_allowed(module: str, name: str) -> TypeNotAllowedError:
 
 class EncryptedSerializer(SerializerProtocol):
     """
-    Seals with AES-256-GCM what another serializer returns.
+    Seals what another serializer returns, with the keyring's cipher.
 
     Args:
         keyring: Wraps the key that seals.
@@ -153,16 +159,16 @@ class EncryptedSerializer(SerializerProtocol):
     def __init__(self, keyring: Keyring, serde: SerializerProtocol | None = None) -> None:
         self.keyring = keyring
         self.serde = serde if serde is not None else StrictSerializer()
-        self._data_key = DataKey.generate()
+        self._data_key = DataKey.generate(keyring.cipher)
         wrapped = self._data_key.wrap(keyring, associated_data=_WRAPPED_FOR)
         self._prefix = len(wrapped).to_bytes(2) + wrapped
         self._opened = {wrapped: self._data_key}
 
     def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
-        """Serialize `obj` and seal it; the tag ends in ``+aes256gcm``."""
+        """Serialize `obj` and seal it; the tag ends in ``+`` and the cipher's name."""
         type_, data = self.serde.dumps_typed(obj)
         sealed = self._data_key.seal(data, associated_data=_bound(type_))
-        return type_ + SUFFIX, self._prefix + sealed
+        return type_ + self._data_key.suffix, self._prefix + sealed
 
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
         """
@@ -172,15 +178,15 @@ class EncryptedSerializer(SerializerProtocol):
             UnknownKeyError: The keyring lacks the key it was sealed under.
             SealError: It was changed or relabelled, or is not sealed at all.
         """
-        type_, message = data
-        inner = opened_type(type_)
-        message = message or b""
+        type_, message = data[0], data[1] or b""
+        refuse_unsealed(type_)
         if message[: len(self._prefix)] == self._prefix:
             key, length = self._data_key, len(self._prefix)
         else:
             length = 2 + int.from_bytes(message[:2])
             key = self._key(bytes(message[2:length]))
         sealed = memoryview(message)[length:]
+        inner = opened_type(type_, sealed)
         return self.serde.loads_typed((inner, key.open(sealed, associated_data=_bound(inner))))
 
     def with_msgpack_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Self:

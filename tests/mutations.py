@@ -717,6 +717,13 @@ MUTATIONS = [
         "test_plans.py::test_as_few_rows_are_looked_at_as_are_wanted",
     ),
     Mutation(
+        "a value that is labelled with another cipher is refused",
+        "_seal/codec.py",
+        "    if not suffix or not type_.endswith(suffix):\n",
+        "    suffix = '+' + type_.rpartition('+')[2]\n    if False:\n",
+        "test_reseal.py::test_a_value_that_is_labelled_with_another_cipher_is_refused",
+    ),
+    Mutation(
         "nothing is made of what is stored but types that are allowed",
         "serde.py",
         "        if blocked:\n",

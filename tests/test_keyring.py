@@ -246,7 +246,7 @@ def test_a_key_is_32_bytes(key):
 # --- silence ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("secret", [OLD, BOTH, DataKey([b"12345678" + K1])], ids=str)
+@pytest.mark.parametrize("secret", [OLD, BOTH, DataKey([b"\x0112345678" + K1])], ids=str)
 def test_a_secret_cannot_be_printed_copied_or_pickled(secret):
     stream = io.StringIO()
     logger = logging.getLogger("silence")
@@ -265,7 +265,7 @@ def test_a_secret_cannot_be_printed_copied_or_pickled(secret):
 
 def test_a_refusal_shows_no_key_even_with_the_variables_of_its_frames():
     wrapped = OLD.wrap(SECRET, associated_data=PLACE)
-    data_key = DataKey([b"12345678" + K1])
+    data_key = DataKey([b"\x0112345678" + K1])
     sealed = data_key.seal(SECRET, associated_data=PLACE)
 
     def refusals():

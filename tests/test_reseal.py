@@ -126,6 +126,57 @@ def test_everything_is_sealed_anew_and_reads_as_before(process, postgres_url, a_
     assert headers(postgres_url) == new
 
 
+def tags(url: str) -> set[str]:
+    """Return what the type tags of all sealed values end with."""
+    query = """
+    SELECT type FROM checkpoint_blobs WHERE blob IS NOT NULL
+    UNION SELECT type FROM checkpoint_writes UNION SELECT vat_type FROM checkpoints
+    UNION SELECT vat_type FROM store
+    """
+    with psycopg.connect(url) as connection:
+        return {row[0].rpartition("+")[2] for row in connection.execute(query)}
+
+
+def test_resealing_changes_the_cipher_of_what_is_there(postgres_url, redis_url, a_day_later):
+    options: Any = {"redis": redis_url, "flush_every": 50, "flush_after": 600.0}
+    with Vat.connect(postgres_url, keyring=KEYRING, **options) as vat:
+        config = grow(vat.checkpointer, at(), 3)
+        vat.store.put(("a", "b"), "k", {"text": "word"})
+        before = states(vat.checkpointer)
+        assert tags(postgres_url) == {"aes256gcm"}
+    other = KEYRING.with_cipher("chacha20poly1305")
+    with Vat.connect(postgres_url, keyring=other, **options) as vat:
+        assert states(vat.checkpointer) == before
+        config = put(vat.checkpointer, config, 3)
+        vat.checkpointer.flush()
+        assert tags(postgres_url) == {"aes256gcm"}  # the thread's key is what it was
+        put(vat.checkpointer, config, 4)  # waits in Redis under the key that is replaced
+        vat.store.put(("new",), "k", {"text": "other"})
+        assert tags(postgres_url) == {"aes256gcm", "chacha20poly1305"}
+        assert vat.reseal().left == 0
+        assert tags(postgres_url) == {"chacha20poly1305"}
+        a_day_later()
+        assert vat.reseal(max_age_s=DAYS_S).kept == 0
+    with Vat.connect(postgres_url, keyring=KEYRING, **options) as vat:  # as others still have it
+        assert states(vat.checkpointer)[2:] == before
+        assert len(states(vat.checkpointer)) == 5
+        assert vat.store.get(("a", "b"), "k").value == {"text": "word"}
+        assert vat.store.get(("new",), "k").value == {"text": "other"}
+
+
+def test_a_value_that_is_labelled_with_another_cipher_is_refused(process, postgres_url):
+    saver = process()
+    grow(saver, at(), 1)
+    saver.flush()
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("SET langgraph_vat.writer = 'hot'")
+        connection.execute(
+            "UPDATE checkpoint_blobs SET type = replace(type, 'aes256gcm', 'chacha20poly1305')"
+        )
+    with pytest.raises(SealError, match="labelled"):
+        list(process().list(at()))
+
+
 def test_other_processes_learn_the_new_key(process, postgres_url):
     saver, other = process(), process()
     config = grow(saver, at(), 3)

@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -17,7 +18,8 @@ from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import SealError, UnknownKeyError
 from langgraph_vat.serde import EncryptedSerializer
 
-WIRE = json.loads((Path(__file__).parent / "wire" / "sealed-v1.json").read_text())
+FILES = [json.loads(p.read_text()) for p in sorted((Path(__file__).parent / "wire").glob("*.json"))]
+WIRE = [{"cipher": "aes256gcm", **m, "keys": f["keys"]} for f in FILES for m in f["messages"]]
 PLACE = ("blob", "", "messages", "1")
 BASE = ("checkpoint", "t", "g")
 text = st.text(st.characters(), max_size=6)
@@ -127,9 +129,9 @@ def test_no_two_messages_share_a_nonce_or_an_id():
 
 
 def test_another_key_refuses_even_under_the_same_id():
-    sealed = DataKey([b"12345678" + os.urandom(32)]).seal(b"x", associated_data=b"")
+    sealed = DataKey([b"\x0112345678" + os.urandom(32)]).seal(b"x", associated_data=b"")
     with pytest.raises(SealError):
-        DataKey([b"12345678" + os.urandom(32)]).open(sealed, associated_data=b"")
+        DataKey([b"\x0112345678" + os.urandom(32)]).open(sealed, associated_data=b"")
 
 
 def test_a_data_key_opens_only_where_it_was_wrapped():
@@ -207,8 +209,8 @@ def test_without_a_keyring_sealed_data_is_said_to_be_sealed():
 
 
 def test_a_type_below_the_seal_is_what_stands_before_one_suffix():
-    assert opened_type("a+aes256gcm+aes256gcm") == "a+aes256gcm"
-    assert opened_type("+aes256gcm") == ""
+    assert opened_type("a+aes256gcm+aes256gcm", b"\1\1") == "a+aes256gcm"
+    assert opened_type("+aes256gcm", b"\1\1") == ""
 
 
 # --- the wire -----------------------------------------------------------------------
@@ -222,65 +224,118 @@ def documented_associated_data(*values: str) -> bytes:
     return len(encoded).to_bytes(4, "big") + b"".join(pieces)
 
 
-def documented_unwrap(keys: dict[str, str], wrapped: bytes, place: bytes) -> tuple[bytes, bytes]:
+CIPHERS = {1: (AESGCM, "+aes256gcm"), 2: (ChaCha20Poly1305, "+chacha20poly1305")}
+DataKeys = dict[bytes, bytes]
+"""Keys by what their messages begin with; the one that seals first."""
+
+
+def documented_unwrap(keys: dict[str, str], wrapped: bytes, place: bytes) -> DataKeys:
     assert wrapped[0] == 1
     header = wrapped[: 2 + wrapped[1]]
     key = bytes.fromhex(keys[header[2:].decode("ascii")])
     nonce, body = wrapped[len(header) : len(header) + 12], wrapped[len(header) + 12 :]
     opened = AESGCM(key).decrypt(nonce, body, header + place)
-    assert len(opened) == 40
-    return opened[:8], opened[8:]
+    if len(opened) % 2 == 0:
+        records = [(1, opened[at : at + 40]) for at in range(0, len(opened), 40)]
+    else:
+        assert opened[0] == 2
+        records = [
+            (int.from_bytes(opened[at : at + 2], "big"), opened[at + 2 : at + 42])
+            for at in range(1, len(opened), 42)
+        ]
+    assert all(len(record) == 40 for _, record in records)
+    return {bytes([1, cipher]) + record[:8]: record[8:] for cipher, record in records}
 
 
-def documented_open(key_id: bytes, key: bytes, sealed: bytes, place: bytes) -> bytes:
+def documented_wrap(keys: dict[str, str], key_id: str, data_keys: DataKeys, place: bytes) -> bytes:
+    records = [(header[1], header[2:] + key) for header, key in data_keys.items()]
+    plain = b"".join(record for _, record in records)
+    if any(cipher != 1 for cipher, _ in records):
+        parts = (cipher.to_bytes(2, "big") + record for cipher, record in records)
+        plain = b"\x02" + b"".join(parts)
+    header = bytes([1, len(key_id)]) + key_id.encode("ascii")
+    nonce = os.urandom(12)
+    return (
+        header + nonce + AESGCM(bytes.fromhex(keys[key_id])).encrypt(nonce, plain, header + place)
+    )
+
+
+def documented_open(data_keys: DataKeys, type_: str, sealed: bytes, place: bytes) -> bytes:
     header, nonce, body = sealed[:10], sealed[10:22], sealed[22:]
-    assert header == b"\x01\x01" + key_id
-    return AESGCM(key).decrypt(nonce, body, header + place)
+    cipher, suffix = CIPHERS[header[1]]
+    assert header[0] == 1
+    assert type_.endswith(suffix)
+    return cipher(data_keys[header]).decrypt(nonce, body, header + place)
 
 
-@pytest.fixture(params=WIRE["messages"], ids=lambda message: message["name"])
+def documented_seal(
+    data_keys: DataKeys, type_: str, plain: bytes, place: bytes
+) -> tuple[str, bytes]:
+    header, key = next(iter(data_keys.items()))
+    cipher, suffix = CIPHERS[header[1]]
+    nonce = os.urandom(12)
+    return type_ + suffix, header + nonce + cipher(key).encrypt(nonce, plain, header + place)
+
+
+@pytest.fixture(params=WIRE, ids=lambda message: message["name"])
 def frozen(request):
     return request.param
 
 
-def test_frozen_messages_open_for_ever(frozen):
-    ring = Keyring((key_id, bytes.fromhex(key)) for key_id, key in WIRE["keys"].items())
-    plaintext, type_ = bytes.fromhex(frozen["plaintext"]), frozen["type"] + "+aes256gcm"
-    sealed = bytes.fromhex(frozen["sealed"])
+def opened_here(frozen: dict[str, Any], type_: str, sealed: bytes, wrapped: bytes) -> Any:
+    ring = Keyring((key_id, bytes.fromhex(key)) for key_id, key in frozen["keys"].items())
     if frozen["name"].startswith("serializer"):
-        opened = EncryptedSerializer(ring, _Bare()).loads_typed((type_, sealed))
-    else:
-        bound = associated_data(*frozen["key_place"])
-        wrapped = bytes.fromhex(frozen["wrapped_key"])
-        key = DataKey.unwrap(wrapped, ring, associated_data=bound)
-        one = SealedCodec(_Bare(), key, *frozen["base"])
-        opened = one.load(type_, sealed, *frozen["place"])
-    assert opened == (frozen["type"], plaintext)
+        return EncryptedSerializer(ring, _Bare()).loads_typed((type_, sealed))
+    bound = associated_data(*frozen["key_place"])
+    one = SealedCodec(
+        _Bare(), DataKey.unwrap(wrapped, ring, associated_data=bound), *frozen["base"]
+    )
+    return one.load(type_, sealed, *frozen["place"])
 
 
-def test_the_documented_format_opens_frozen_messages(frozen):
+def test_frozen_messages_open_for_ever(frozen):
+    sealed, wrapped = bytes.fromhex(frozen["sealed"]), bytes.fromhex(frozen["wrapped_key"])
+    tag = frozen["type"] + "+" + frozen["cipher"]
+    plaintext = bytes.fromhex(frozen["plaintext"])
+    assert opened_here(frozen, tag, sealed, wrapped) == (frozen["type"], plaintext)
+    for other in CIPHERS.values():
+        if not tag.endswith(other[1]):
+            with pytest.raises(SealError):
+                opened_here(frozen, frozen["type"] + other[1], sealed, wrapped)
+
+
+def test_the_documented_format_opens_frozen_messages_and_makes_others(frozen):
     key_place = documented_associated_data(*frozen["key_place"])
     place = documented_associated_data(*frozen["base"], *frozen["place"], frozen["type"])
     sealed, wrapped = bytes.fromhex(frozen["sealed"]), bytes.fromhex(frozen["wrapped_key"])
-    if frozen["name"].startswith("serializer"):
+    is_serializer = frozen["name"].startswith("serializer")
+    if is_serializer:
         end = 2 + int.from_bytes(sealed[:2], "big")
         assert sealed[2:end] == wrapped
         sealed = sealed[end:]
-    key_id, key = documented_unwrap(WIRE["keys"], wrapped, key_place)
-    assert documented_open(key_id, key, sealed, place).hex() == frozen["plaintext"]
+    keys = documented_unwrap(frozen["keys"], wrapped, key_place)
+    tag = frozen["type"] + "+" + frozen["cipher"]
+    assert documented_open(keys, tag, sealed, place).hex() == frozen["plaintext"]
+    type_, again = documented_seal(keys, frozen["type"], b"another", place)
+    wrapped = documented_wrap(frozen["keys"], list(frozen["keys"])[-1], keys, key_place)
+    if is_serializer:
+        again = len(wrapped).to_bytes(2, "big") + wrapped + again
+    assert opened_here(frozen, type_, again, wrapped) == (frozen["type"], b"another")
 
 
-def test_what_we_seal_today_is_the_documented_format():
+@pytest.mark.parametrize("cipher", ["aes256gcm", "chacha20poly1305"])
+def test_what_we_seal_today_is_the_documented_format(cipher):
     ring, secret = Keyring([("k1", bytes(range(32)))]), bytes(range(32)).hex()
-    key = DataKey.generate()
+    key = DataKey.generate().renewed(cipher)
     wrapped = key.wrap(ring, associated_data=associated_data("data key", "store", "users"))
     type_, sealed = codec(key, "item", "users").dump(b"\xff", "users.u1", "k")
-    key_id, raw = documented_unwrap(
+    keys = documented_unwrap(
         {"k1": secret}, wrapped, documented_associated_data("data key", "store", "users")
     )
+    assert len(keys) == 2
     place = documented_associated_data("item", "users", "users.u1", "k", "bytes")
-    assert type_ == "bytes+aes256gcm"
-    assert documented_open(key_id, raw, sealed, place) == b"\xff"
+    assert type_ == f"bytes+{cipher}"
+    assert documented_open(keys, type_, sealed, place) == b"\xff"
 
 
 class _Bare:

@@ -124,7 +124,7 @@ def test_a_serializer_cannot_be_pickled_and_shows_no_key(ring):
     for fails in (lambda: pickle.dumps(sealed), lambda: copy.deepcopy(sealed)):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             fails()
-    secret = sealed._data_key._secrets[0][8:]
+    secret = sealed._data_key._secrets[0][9:]
     shown = repr(sealed) + repr(vars(sealed))
     assert repr(secret)[2:-1] not in shown
     assert ring.export_secret_text()[3:40] not in shown

@@ -818,9 +818,10 @@ WHERE thread_id = %(thread)s AND substr(blob, 1, length(%(header)s)) <> %(header
 ORDER BY checkpoint_ns, channel, version LIMIT %(limit)s OFFSET %(left)s
 """
 RESEAL_BLOBS: LiteralString = """
-UPDATE checkpoint_blobs b SET blob = n.blob
-FROM unnest(%(namespaces)s::text[], %(channels)s::text[], %(versions)s::text[], %(blobs)s::bytea[])
-    AS n (checkpoint_ns, channel, version, blob)
+UPDATE checkpoint_blobs b SET type = n.type, blob = n.blob
+FROM unnest(%(namespaces)s::text[], %(channels)s::text[], %(versions)s::text[],
+            %(types)s::text[], %(blobs)s::bytea[])
+    AS n (checkpoint_ns, channel, version, type, blob)
 WHERE b.thread_id = %(thread)s AND b.checkpoint_ns = n.checkpoint_ns
 AND b.channel = n.channel AND b.version = n.version
 """
@@ -830,9 +831,10 @@ WHERE thread_id = %(thread)s AND substr(blob, 1, length(%(header)s)) <> %(header
 ORDER BY checkpoint_ns, checkpoint_id, task_id, idx LIMIT %(limit)s OFFSET %(left)s
 """
 RESEAL_WRITES: LiteralString = """
-UPDATE checkpoint_writes w SET blob = n.blob
+UPDATE checkpoint_writes w SET type = n.type, blob = n.blob
 FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(tasks)s::text[], %(idxs)s::int[],
-            %(blobs)s::bytea[]) AS n (checkpoint_ns, checkpoint_id, task_id, idx, blob)
+            %(types)s::text[], %(blobs)s::bytea[])
+    AS n (checkpoint_ns, checkpoint_id, task_id, idx, type, blob)
 WHERE w.thread_id = %(thread)s AND w.checkpoint_ns = n.checkpoint_ns
 AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.idx
 """
@@ -842,9 +844,9 @@ WHERE thread_id = %(thread)s AND substr(vat_exact, 1, length(%(header)s)) <> %(h
 ORDER BY checkpoint_ns, checkpoint_id LIMIT %(limit)s OFFSET %(left)s
 """
 RESEAL_EXACTS: LiteralString = """
-UPDATE checkpoints c SET vat_exact = n.exact
-FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(blobs)s::bytea[])
-    AS n (checkpoint_ns, checkpoint_id, exact)
+UPDATE checkpoints c SET vat_type = n.type, vat_exact = n.exact
+FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(types)s::text[], %(blobs)s::bytea[])
+    AS n (checkpoint_ns, checkpoint_id, type, exact)
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
 AND c.checkpoint_id = n.checkpoint_id
 """

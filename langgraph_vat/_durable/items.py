@@ -145,8 +145,9 @@ ORDER BY s.prefix, s.key LIMIT %(limit)s OFFSET %(left)s FOR UPDATE
 )
 
 RESEAL_ITEMS: LiteralString = """
-UPDATE store s SET vat_value = n.exact
-FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(exacts)s::bytea[]) AS n (prefix, key, exact)
+UPDATE store s SET vat_type = n.type, vat_value = n.exact
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(types)s::text[], %(exacts)s::bytea[])
+    AS n (prefix, key, type, exact)
 WHERE s.prefix = n.prefix AND s.key = n.key
 """
 

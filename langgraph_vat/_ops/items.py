@@ -252,7 +252,9 @@ async def _add_key(items: Items, backend: Backend, root: str) -> None:
     await _open_keys(items, backend.durable, {root})
     if items.keyring is None or items.data_keys.get(root) is not None:
         return
-    wrapped = DataKey.generate().wrap(items.keyring, associated_data=key_place(root))
+    wrapped = DataKey.generate(items.keyring.cipher).wrap(
+        items.keyring, associated_data=key_place(root)
+    )
     found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
     _remember(items, root, found[0][0])
 

@@ -89,15 +89,14 @@ def _again(kind: _Kind, source: Codec, target: Codec, row: Row) -> tuple[Any, ..
     """Return a row's key and its value under another seal."""
     *where, type_, data = row
     place = kind.place(*where)
-    sealed = target.seal(*source.open(type_, data, *place), *place)[1]
-    return *where[: len(kind.names)], sealed
+    return *where[: len(kind.names)], *target.seal(*source.open(type_, data, *place), *place)
 
 
 async def _store(
     session: Session, thread_id: str, kind: _Kind, rows: list[tuple[Any, ...]]
 ) -> None:
     if rows:
-        params = {"thread": thread_id, **columns(rows, *kind.names, "blobs")}
+        params = {"thread": thread_id, **columns(rows, *kind.names, "types", "blobs")}
         await session.execute(kind.update, params)
 
 
@@ -159,9 +158,12 @@ async def _renew(shared: Shared, backend: Backend, thread_id: str, header: bytes
     """Give a thread a new data key, unless it has another than that already."""
 
     async def body(session: Session, fence: Fence) -> None:
+        assert shared.keyring is not None
         present = await known_in(shared, session, thread_id, fence)
         if present and present.data_key and present.data_key.header == header:
-            await _set_key(shared, session, thread_id, fence, present.data_key.renewed())
+            await _set_key(
+                shared, session, thread_id, fence, present.data_key.renewed(shared.keyring.cipher)
+            )
 
     await change_history(shared, backend, thread_id, body)
 

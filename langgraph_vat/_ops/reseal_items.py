@@ -43,9 +43,10 @@ async def _reseal_one(items: Items, backend: Backend, root: str, max_age_s: floa
         data_key = await _locked(items, session, root)
         if data_key is None:
             return None
+        assert items.keyring is not None
         is_old = data_key.made_at <= time.time() - max_age_s
         if is_old:
-            data_key = data_key.renewed()
+            data_key = data_key.renewed(items.keyring.cipher)
             await _set_key(items, session, root, data_key)
         return data_key, is_old
 
@@ -99,9 +100,9 @@ async def _seal_page(items: Items, session: Session, root: str, skipped: int) ->
             opened = codec.open(type_, exact, prefix, key)
         except SealError:
             continue
-        new.append((prefix, key, codec.seal(*opened, prefix, key)[1]))
+        new.append((prefix, key, *codec.seal(*opened, prefix, key)))
     if new:
-        await session.execute(sql.RESEAL_ITEMS, columns(new, "prefixes", "keys", "exacts"))
+        await session.execute(sql.RESEAL_ITEMS, columns(new, "prefixes", "keys", "types", "exacts"))
     return len(rows), len(new)
 
 

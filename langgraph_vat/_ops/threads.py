@@ -117,7 +117,9 @@ async def _add(
     wrapped = None
     if is_sealed and shared.keyring is not None:
         bound = key_place(thread_id, generation)
-        wrapped = DataKey.generate().wrap(shared.keyring, associated_data=bound)
+        wrapped = DataKey.generate(shared.keyring.cipher).wrap(
+            shared.keyring, associated_data=bound
+        )
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
     added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
     if not is_sealed:

@@ -7,10 +7,8 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat._seal.associated_data import encoded
-from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat._seal.data_key import SUFFIXES, DataKey, suffix_of
 from langgraph_vat.errors import InvalidInputError, SealError
-
-SUFFIX = "+aes256gcm"
 
 
 class Codec(Protocol):
@@ -109,11 +107,12 @@ class SealedCodec:
 
     def seal(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
         """Encrypt."""
-        return type_ + SUFFIX, self._data_key.seal(data, associated_data=self._bound(place, type_))
+        sealed = self._data_key.seal(data, associated_data=self._bound(place, type_))
+        return type_ + self._data_key.suffix, sealed
 
     def open(self, type_: str, data: bytes, *place: str) -> tuple[str, bytes]:
         """Authenticate and decrypt."""
-        inner = opened_type(type_)
+        inner = opened_type(type_, data)
         return inner, self._data_key.open(data, associated_data=self._bound(place, inner))
 
     def _bound(self, place: tuple[str, ...], type_: str) -> bytes:
@@ -159,19 +158,35 @@ def _dump_surrogates(serde: JsonPlusSerializer, value: Any) -> tuple[str, bytes]
 
 def is_sealed(type_: str) -> bool:
     """Whether a type tag is that of something sealed."""
-    return type_.endswith(SUFFIX)
+    return type_.endswith(SUFFIXES)
 
 
-def opened_type(type_: str) -> str:
+def refuse_unsealed(type_: str | None) -> None:
     """
-    Return the type tag below the seal.
+    Refuse what has no seal by its type tag.
 
     Raises:
-        SealError: There is no seal.
+        SealError: It has none.
     """
     if not is_sealed(type_ or ""):
         raise SealError(
             "data that must be sealed is not. It was not used: whoever writes to the database may"
             " have put it there. Restore it, or copy old unsealed data with an unsealed saver."
         )
-    return type_.removesuffix(SUFFIX)
+
+
+def opened_type(type_: str, sealed: bytes | memoryview | None) -> str:
+    """
+    Return the type tag below the seal.
+
+    Raises:
+        SealError: There is no seal, or the message has another.
+    """
+    refuse_unsealed(type_)
+    suffix = suffix_of(sealed)
+    if not suffix or not type_.endswith(suffix):
+        raise SealError(
+            "sealed data is labelled as what it is not. It was not used: it was changed. Restore it"
+            " from a backup."
+        )
+    return type_.removesuffix(suffix)
