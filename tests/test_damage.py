@@ -5,49 +5,19 @@ Nothing is sealed here: what notices are sums and counts. They are no
 signatures; who means to deceive is stopped by sealing (test_tampering).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import ormsgpack
 import pytest
-import redis
 from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 
 from langgraph_vat import HybridSaver, RefusedError
 from langgraph_vat._hot.entries import pack_core
 from langgraph_vat._records import Core
+from tests.fix_processes import kill
 
 LARGE = "x" * 20_000  # travels as a patch when it grows
-
-
-@pytest.fixture
-def process(postgres_url, redis_url) -> Iterator[Any]:
-    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
-    made: list[HybridSaver] = []
-
-    def start() -> HybridSaver:
-        options: Any = {"redis": redis_url, "flush_every": 50, "flush_after": 600.0}
-        saver = HybridSaver.from_conn_string(postgres_url, **options)
-        saver._life._flusher.stop()
-        saver.setup()
-        made.append(saver)
-        return saver
-
-    yield start
-    for saver in made:
-        kill(saver)
-        saver.close()
-
-
-@pytest.fixture
-def client(redis_url):
-    with redis.Redis.from_url(redis_url) as client:
-        yield client
-
-
-def kill(saver: HybridSaver) -> None:
-    saver._shared.copies._threads.clear()
 
 
 def at(thread: str = "t", namespace: str = "") -> Any:

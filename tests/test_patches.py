@@ -2,12 +2,10 @@
 
 import random
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
-import redis
 from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.memory import InMemorySaver
@@ -15,6 +13,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph_vat import HybridSaver, Keyring, SealError, UnavailableError
 from langgraph_vat._hot.bases import _MOST, Bases
 from langgraph_vat._records import Blob
+from tests.fix_processes import kill
 
 LARGE = 100_000
 _dice = random.Random(3)
@@ -27,41 +26,6 @@ def text(size: int) -> str:
 @pytest.fixture(params=["plain", "sealed"])
 def keyring(request):
     return Keyring.generate() if request.param == "sealed" else None
-
-
-@pytest.fixture
-def process(postgres_url, redis_url, keyring) -> Iterator[Any]:
-    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
-    made: list[HybridSaver] = []
-
-    def start(flush_every: int = 50, **more: Any) -> HybridSaver:
-        saver = HybridSaver.from_conn_string(
-            postgres_url,
-            redis=redis_url,
-            flush_every=flush_every,
-            flush_after=600.0,
-            keyring=keyring,
-            **more,
-        )
-        saver._life._flusher.stop()
-        saver.setup()
-        made.append(saver)
-        return saver
-
-    yield start
-    for saver in made:
-        kill(saver)
-        saver.close()
-
-
-@pytest.fixture
-def client(redis_url):
-    with redis.Redis.from_url(redis_url) as client:
-        yield client
-
-
-def kill(saver: HybridSaver) -> None:
-    saver._shared.copies._threads.clear()
 
 
 def at(thread: str = "t") -> Any:

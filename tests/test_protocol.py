@@ -14,7 +14,6 @@ from typing import Any
 
 import psycopg
 import pytest
-import redis
 from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 
@@ -25,6 +24,7 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._ops.flush import flush
 from langgraph_vat._ops.shared import now
 from langgraph_vat._ops.tiers import degrade, refresh
+from tests.fix_processes import kill
 
 
 class Death(BaseException):
@@ -54,36 +54,6 @@ class Faulty:
             return answer
 
         return call
-
-
-@pytest.fixture
-def process(postgres_url, redis_url):
-    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
-    made: list[HybridSaver] = []
-
-    def start(flush_every: int = 50, **more: Any) -> HybridSaver:
-        options: Any = {"redis": redis_url, "flush_every": flush_every, "flush_after": 600.0}
-        options |= more
-        saver = HybridSaver.from_conn_string(postgres_url, **options)
-        saver._life._flusher.stop()
-        saver.setup()
-        made.append(saver)
-        return saver
-
-    yield start
-    for saver in made:
-        saver._shared.copies._threads.clear()
-        saver.close()
-
-
-@pytest.fixture
-def client(redis_url):
-    with redis.Redis.from_url(redis_url) as client:
-        yield client
-
-
-def kill(saver: HybridSaver) -> None:
-    saver._shared.copies._threads.clear()
 
 
 def at(thread: str = "t", checkpoint_id: str | None = None) -> Any:
@@ -133,7 +103,7 @@ def is_whole(saver: HybridSaver) -> bool:
 def test_killed_between_any_two_calls_nothing_acknowledged_is_lost(process, flush_every, after):
     for dies_at in range(1, 200):
         thread = f"t{dies_at}"
-        saver = process(flush_every)
+        saver = process(flush_every=flush_every)
         faulty = Faulty(saver._life.connections.blocking(), dies_at, after=after)
         saver._life.blocking = lambda faulty=faulty: faulty
         acknowledged, config = [], None

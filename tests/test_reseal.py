@@ -1,7 +1,6 @@
 """Values are sealed anew while all goes on; and what is shredded, nobody reads again."""
 
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,22 +33,8 @@ _dice = random.Random(2)
 
 
 @pytest.fixture
-def process(postgres_url, redis_url) -> Iterator[Any]:
-    """Make a saver that stands for a process of its own; nothing flushes it in the background."""
-    made: list[HybridSaver] = []
-
-    def start(**more: Any) -> HybridSaver:
-        options: Any = {"redis": redis_url, "flush_every": 50, "flush_after": 600.0} | more
-        saver = HybridSaver.from_conn_string(postgres_url, keyring=KEYRING, **options)
-        saver._life._flusher.stop()
-        saver.setup()
-        made.append(saver)
-        return saver
-
-    yield start
-    for saver in made:
-        saver._shared.copies._threads.clear()
-        saver.close()
+def keyring():
+    return KEYRING
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Flip a bit of anything that is sealed, and it is refused; never a crash, never a
 
 import os
 import random
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -21,6 +20,11 @@ from langgraph_vat._hot.entries import _summed
 FLIPS = int(os.environ.get("FLIPS", "120"))
 KEYRING = Keyring.generate()
 _dice = random.Random(5)
+
+
+@pytest.fixture
+def keyring():
+    return KEYRING
 
 
 def value(size: int) -> Any:
@@ -138,25 +142,6 @@ def test_no_bit_of_an_item_can_be_changed(postgres_url):
 def flipped(data: bytes) -> bytes:
     at_ = _dice.randrange(len(data))
     return data[:at_] + bytes([data[at_] ^ (1 << _dice.randrange(8))]) + data[at_ + 1 :]
-
-
-@pytest.fixture
-def process(postgres_url, redis_url) -> Iterator[Callable[[], HybridSaver]]:
-    made: list[HybridSaver] = []
-
-    def start() -> HybridSaver:
-        saver = HybridSaver.from_conn_string(
-            postgres_url, redis=redis_url, keyring=KEYRING, flush_every=50, flush_after=600.0
-        )
-        saver._life._flusher.stop()
-        saver.setup()
-        made.append(saver)
-        return saver
-
-    yield start
-    for saver in made:
-        saver._shared.copies._threads.clear()
-        saver.close()
 
 
 def test_no_bit_of_a_head_can_be_changed(process, redis_url):
