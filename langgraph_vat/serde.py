@@ -39,6 +39,7 @@ _WRAPPED_FOR = associated_data("data key", "serializer")
 # Data keys of other processes' serializers that one keeps open.
 _MOST_OPENED = 1024
 _TAGS = frozenset(("null", "bytes", "bytearray", "json", "msgpack"))
+_MOST_PROVEN = 1024
 # What the serializer knows without naming a class.
 _PLAIN = frozenset((NoneType, bool, int, float, str, bytes, bytearray, list, tuple, dict))
 
@@ -67,7 +68,7 @@ class StrictSerializer(JsonPlusSerializer):
                 msg = f"allow must hold classes, or pairs of module and name; not {one!r:.100}"
                 raise ConfigurationError(msg)
         super().__init__(allowed_msgpack_modules=allowed or None)
-        self._proven: set[type] = set(_PLAIN)
+        self._proven: frozenset[type] = _PLAIN
 
     def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
         """
@@ -79,7 +80,8 @@ class StrictSerializer(JsonPlusSerializer):
         typed = super().dumps_typed(obj)
         if new := _types(obj) - self._proven:
             self.loads_typed(typed)
-            self._proven |= new
+            # Some make a class for each value: those are let go of again.
+            self._proven = (self._proven if len(self._proven) < _MOST_PROVEN else _PLAIN) | new
         return typed
 
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
@@ -104,16 +106,6 @@ class StrictSerializer(JsonPlusSerializer):
         if blocked:
             raise _not_allowed(*blocked[0])
         return value
-
-    def with_msgpack_allowlist(
-        self, extra_allowlist: Iterable[tuple[str, ...] | type]
-    ) -> "StrictSerializer":
-        """Return a serializer that allows more types; this one if nothing changes."""
-        clone = super().with_msgpack_allowlist(extra_allowlist)
-        assert isinstance(clone, StrictSerializer)
-        if clone is not self:
-            clone._proven = set(self._proven)  # noqa: SLF001 - a copy of this very object
-        return clone
 
 
 def _types(obj: Any) -> set[type]:
