@@ -1,9 +1,10 @@
 """
 ``python -m benchmarks.sealing``: what sealing adds to dumping and loading a value.
 
-Conversations of 1, 25 and 250 kB through LangGraph's serializer alone, through
+Conversations of 1, 25 and 250 kB through the serializer alone, through
 `EncryptedSerializer`, through the codec of our savers, which binds a value to its
-place, and through LangGraph's own encrypted serializer if pycryptodome is installed.
+place, with both ciphers, and through LangGraph's own encrypted serializer if
+pycryptodome is installed.
 """
 
 import statistics
@@ -13,10 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import HumanMessage
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from benchmarks.storage import text
-from langgraph_vat import EncryptedSerializer, Keyring
+from langgraph_vat import EncryptedSerializer, Keyring, StrictSerializer
 from langgraph_vat._seal.codec import SealedCodec
 from langgraph_vat._seal.data_key import DataKey
 
@@ -26,13 +26,16 @@ PLACE = ("blob", "", "messages", "00000000000000000000000000000042.0.5")
 
 
 def _calls() -> dict[str, Callable[[Any], Any]]:
-    serde = JsonPlusSerializer()
-    sealed = EncryptedSerializer(Keyring.generate())
-    codec = SealedCodec(serde, DataKey.generate(), "checkpoint", "thread", "generation")
+    serde = StrictSerializer()
+    sealed = EncryptedSerializer(Keyring.generate(), serde)
+    base = ("checkpoint", "thread", "generation")
+    codec = SealedCodec(serde, DataKey.generate(), *base)
+    other = SealedCodec(serde, DataKey.generate("chacha20poly1305"), *base)
     calls: dict[str, Callable[[Any], Any]] = {
         "plain": lambda value: serde.loads_typed(serde.dumps_typed(value)),
         "EncryptedSerializer": lambda value: sealed.loads_typed(sealed.dumps_typed(value)),
         "in our savers": lambda value: codec.load(*codec.dump(value, *PLACE), *PLACE),
+        "the same, ChaCha20": lambda value: other.load(*other.dump(value, *PLACE), *PLACE),
     }
     try:
         from langgraph.checkpoint.serde.encrypted import EncryptedSerializer as OfLangGraph
