@@ -1,6 +1,10 @@
 """Values are sealed anew while all goes on; and what is shredded, nobody reads again."""
 
 import random
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -255,6 +259,56 @@ def test_killed_anywhere_it_leaves_all_readable(process, postgres_url, a_day_lat
     assert done == (0, 0, 0, 0)
     assert headers(postgres_url) == {data_key(postgres_url).header}
     assert len(states(process())) == 4 + deaths
+
+
+SEALER = """
+import sys
+from langgraph_vat import Keyring, Vat
+
+with Vat.connect(sys.argv[1], sys.argv[2], keyring=Keyring.from_file(sys.argv[3])) as vat:
+    print("ready", flush=True)
+    while True:
+        vat.rotate()
+        vat.reseal()
+"""
+
+
+def test_a_process_that_is_killed_while_it_rotates_and_reseals_leaves_all_readable(
+    postgres_url, redis_url, tmp_path
+):
+    old = Keyring.generate("old")
+    both = old.with_primary("new")
+    both.save(tmp_path / "keys")
+    options: Any = {"redis": redis_url, "flush_every": 4}
+    with Vat.connect(postgres_url, keyring=both.with_primary("old"), **options) as vat:
+        threads = {f"t{number}": at(f"t{number}") for number in range(6)}
+        for thread, config in threads.items():
+            threads[thread] = grow(vat.checkpointer, config, 2)
+            vat.store.put(("a", thread), "k", {"text": thread})
+        steps = 2
+        for _ in range(4):
+            command = [sys.executable, "-c", SEALER, postgres_url, redis_url, tmp_path / "keys"]
+            sealer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert sealer.stdout.readline() == "ready\n"
+            dies_at = time.monotonic() + _dice.uniform(0.01, 0.3)
+            while time.monotonic() < dies_at:  # others go on meanwhile
+                for thread, config in threads.items():
+                    threads[thread] = put(vat.checkpointer, config, steps)
+                steps += 1
+            sealer.send_signal(signal.SIGKILL)
+            sealer.communicate()
+            assert sealer.returncode == -signal.SIGKILL
+            for thread, config in threads.items():
+                assert vat.checkpointer.get_tuple(config).metadata["note"] == steps - 1
+                assert len(states(vat.checkpointer, thread)) == steps
+    with Vat.connect(postgres_url, keyring=both, **options) as vat:
+        assert vat.reseal().left == 0
+        assert vat.rotate().left == 0
+    with Vat.connect(postgres_url, keyring=both.without("old"), **options) as vat:
+        for thread in threads:
+            notes = [one[1]["note"] for one in states(vat.checkpointer, thread)]
+            assert notes == [*range(steps)][::-1]
+            assert vat.store.get(("a", thread), "k").value == {"text": thread}
 
 
 def test_threads_go_on_while_they_are_resealed(process, postgres_url, a_day_later):
