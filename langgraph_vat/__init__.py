@@ -16,7 +16,7 @@ from langgraph_vat.errors import (
     UnknownKeyError,
     VatError,
 )
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import Keyring, KeyWrapper
 from langgraph_vat.saver import HybridSaver
 from langgraph_vat.serde import EncryptedSerializer, StrictSerializer
 from langgraph_vat.settings import Retention, Settings
@@ -29,6 +29,7 @@ __all__ = [
     "EncryptedSerializer",
     "HybridSaver",
     "InvalidInputError",
+    "KeyWrapper",
     "Keyring",
     "MigrationError",
     "QuarantinedError",

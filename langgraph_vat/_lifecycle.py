@@ -22,7 +22,7 @@ from langgraph_vat._ops.sweep import count_reads, sweep_in_turn
 from langgraph_vat._ops.threads import reopen_abandoned
 from langgraph_vat._ops.tiers import refresh
 from langgraph_vat.errors import UnavailableError, VatError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.settings import Retention, Settings
 
 logger = logging.getLogger("langgraph_vat")
@@ -36,7 +36,7 @@ class Lifecycle:
     """Owns what a saver must stop: its flusher, and what is still to be flushed."""
 
     def __init__(
-        self, connections: Connections, settings: Settings, keyring: Keyring | None
+        self, connections: Connections, settings: Settings, keyring: KeyWrapper | None
     ) -> None:
         self.connections = connections
         self.shared = Shared(settings=settings, keyring=keyring, keys=Keys(settings.key_prefix))

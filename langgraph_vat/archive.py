@@ -57,7 +57,7 @@ from langgraph_vat._ops.values import address, next_version
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import ConfigurationError, InvalidInputError, SealError, UnavailableError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import StrictSerializer, codec_for, sealing
 
 _FORMAT = 1
@@ -97,7 +97,7 @@ class Archive(BaseCheckpointSaver[str]):
         self,
         path: str | Path,
         *,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
         read_only: bool = False,
     ) -> None:
@@ -146,7 +146,7 @@ class Archive(BaseCheckpointSaver[str]):
 
     # --- the file --------------------------------------------------------
 
-    def _read(self, path: str, keyring: Keyring | None, *, read_only: bool) -> int:
+    def _read(self, path: str, keyring: KeyWrapper | None, *, read_only: bool) -> int:
         """Index the lines that are there; return where the next begins."""
         end, torn = 0, b""
         with os.fdopen(os.dup(self._file), "rb") as lines:
@@ -185,14 +185,14 @@ class Archive(BaseCheckpointSaver[str]):
         return done
 
     @staticmethod
-    def _header(keyring: Keyring | None) -> dict[str, Any]:
+    def _header(keyring: KeyWrapper | None) -> dict[str, Any]:
         id_, key = uuid.uuid4().hex, None
         if keyring is not None:
             wrapped = DataKey.generate(keyring.cipher).wrap(keyring, associated_data=_bound(id_))
             key = base64.b64encode(wrapped).decode()
         return {"archive": _FORMAT, "id": id_, "data_key": key}
 
-    def _open(self, header: dict[str, Any], path: str, keyring: Keyring | None) -> None:
+    def _open(self, header: dict[str, Any], path: str, keyring: KeyWrapper | None) -> None:
         if header.get("archive") != _FORMAT or not {"id", "data_key"} <= header.keys():
             raise ConfigurationError(
                 f"{path} is no archive of version {_FORMAT}, and was left as it is"

@@ -24,7 +24,7 @@ import shlex
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self, runtime_checkable
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -36,6 +36,45 @@ _KEY_BYTES = 32
 _NONCE_BYTES = 12
 _ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _REFUSED = "a wrapped key could not be opened: it was changed, or belongs elsewhere"
+
+
+@runtime_checkable
+class KeyWrapper(Protocol):
+    """
+    Wraps data keys: a `Keyring` here, or a KMS or HSM somewhere else.
+
+    It is asked once for each data key that a process meets, in a thread of its own
+    where an event loop would have to wait; so it must be safe to use from any thread.
+    """
+
+    @property
+    def cipher(self) -> str:
+        """With which values are sealed under new data keys; see `Keyring.with_cipher`."""
+        ...
+
+    def wrap(self, plaintext: bytes, *, associated_data: bytes) -> bytes:
+        """
+        Return a secret encrypted by the key that is current, bound to `associated_data`.
+
+        Raises:
+            UnavailableError: It does not answer.
+        """
+        ...
+
+    def unwrap(self, wrapped: bytes, *, associated_data: bytes) -> bytes:
+        """
+        Return the secret that `wrap` encrypted, by this key or an earlier one.
+
+        Raises:
+            UnknownKeyError: The key that wrapped it is not to be had.
+            SealError: It was changed, or belongs elsewhere.
+            UnavailableError: It does not answer.
+        """
+        ...
+
+    def is_current(self, wrapped: bytes) -> bool:
+        """Whether `wrap` would use the key that this was wrapped by."""
+        ...
 
 
 class Keyring:
@@ -59,8 +98,7 @@ class Keyring:
     __slots__ = ("_ciphers", "_keys", "cipher")
 
     def __init__(self, keys: Iterable[tuple[str, bytes]], *, cipher: str = AES) -> None:
-        if cipher not in (AES, CHACHA):
-            raise ConfigurationError(f"cipher must be {AES!r} or {CHACHA!r}")
+        refuse_cipher(cipher)
         self.cipher = cipher
         """With which values are sealed under data keys that are made from now on."""
         self._keys: dict[str, bytes] = {}
@@ -268,6 +306,17 @@ class Keyring:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Keyring holds secrets and cannot be copied or pickled")
+
+
+def refuse_cipher(cipher: str) -> None:
+    """
+    Refuse what values are not sealed with.
+
+    Raises:
+        ConfigurationError: It is no such cipher.
+    """
+    if cipher not in (AES, CHACHA):
+        raise ConfigurationError(f"cipher must be {AES!r} or {CHACHA!r}")
 
 
 def _refuse_open_to_others(descriptor: int, path: str | Path) -> None:

@@ -49,7 +49,7 @@ from langgraph_vat._ops.shared import Counters
 from langgraph_vat._ops.tiers import enable_hot, refresh, require_hot
 from langgraph_vat._ops.values import address, next_version, to_tuple
 from langgraph_vat.errors import InvalidInputError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import EncryptedSerializer, StrictSerializer, sealing
 from langgraph_vat.settings import Settings
 from langgraph_vat.threads import Threads
@@ -83,7 +83,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         connections: Connections,
         *,
         settings: Settings | None = None,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
         is_first: bool = False,
     ) -> None:
@@ -101,7 +101,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         *,
         redis: RedisSource | None = None,
         schema: str | None = None,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
         **settings: Any,
     ) -> Self:

@@ -33,7 +33,7 @@ from langgraph_vat._seal.codec import (
 )
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import ConfigurationError, TypeNotAllowedError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 
 _WRAPPED_FOR = associated_data("data key", "serializer")
 # Data keys of other processes' serializers that one keeps open.
@@ -148,7 +148,7 @@ class EncryptedSerializer(SerializerProtocol):
         serde: The serializer in front; a `StrictSerializer` if None.
     """
 
-    def __init__(self, keyring: Keyring, serde: SerializerProtocol | None = None) -> None:
+    def __init__(self, keyring: KeyWrapper, serde: SerializerProtocol | None = None) -> None:
         self.keyring = keyring
         self.serde = serde if serde is not None else StrictSerializer()
         self._data_key = DataKey.generate(keyring.cipher)
@@ -223,15 +223,15 @@ def codec_for(serde: SerializerProtocol, data_key: DataKey | None, *base: str) -
     return SealedCodec(inner, data_key, *base)
 
 
-def sealing(keyring: Keyring | None, serde: SerializerProtocol | None) -> Keyring | None:
+def sealing(keyring: KeyWrapper | None, serde: SerializerProtocol | None) -> KeyWrapper | None:
     """
     Return the keyring that seals: the one given, or that of an `EncryptedSerializer`.
 
     Raises:
         ConfigurationError: One of them is something else.
     """
-    if not isinstance(keyring, Keyring | None):
-        msg = f"keyring must be a Keyring, not {type(keyring).__name__}"
+    if not isinstance(keyring, KeyWrapper | None):
+        msg = f"keyring must be a Keyring, or another KeyWrapper, not {type(keyring).__name__}"
         raise ConfigurationError(msg)
     if serde is not None and not isinstance(serde, SerializerProtocol):
         msg = f"serde must have dumps_typed and loads_typed; {type(serde).__name__} has not"

@@ -21,7 +21,7 @@ from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
 from langgraph_vat._records import Resealed, Rotated
 from langgraph_vat.errors import ConfigurationError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import StrictSerializer, sealing
 from langgraph_vat.settings import Settings
 
@@ -56,7 +56,7 @@ class SemanticStore(Managed, BaseStore):
         *,
         index: IndexConfig | None = None,
         ttl: TTLConfig | None = None,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
     ) -> None:
         keyring = sealing(keyring, serde)
@@ -81,7 +81,7 @@ class SemanticStore(Managed, BaseStore):
         schema: str | None = None,
         index: IndexConfig | None = None,
         ttl: TTLConfig | None = None,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         **settings: Any,
     ) -> Self:
         """

@@ -14,7 +14,7 @@ from langgraph_vat._io.managed import Managed
 from langgraph_vat._records import Resealed, Rotated
 from langgraph_vat.embedded import EmbeddedServers
 from langgraph_vat.errors import ConfigurationError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import Keyring, KeyWrapper
 from langgraph_vat.saver import HybridSaver
 from langgraph_vat.settings import Settings
 from langgraph_vat.store import SemanticStore
@@ -41,7 +41,7 @@ class Vat(Managed):
         redis: RedisSource | None,
         *,
         schema: str | None,
-        keyring: Keyring | None,
+        keyring: KeyWrapper | None,
         serde: SerializerProtocol | None,
         index: IndexConfig | None,
         ttl: TTLConfig | None,
@@ -68,7 +68,7 @@ class Vat(Managed):
         redis: RedisSource | None = None,
         *,
         schema: str | None = None,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
         index: IndexConfig | None = None,
         ttl: TTLConfig | None = None,
@@ -112,7 +112,7 @@ class Vat(Managed):
         cls,
         path: str | Path,
         *,
-        keyring: Keyring | None = None,
+        keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
         index: IndexConfig | None = None,
         ttl: TTLConfig | None = None,

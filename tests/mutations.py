@@ -717,6 +717,27 @@ MUTATIONS = [
         "test_plans.py::test_as_few_rows_are_looked_at_as_are_wanted",
     ),
     Mutation(
+        "who wraps data keys is asked once for each",
+        "_ops/keys.py",
+        "        opened.set(wrapped, place, data_key)\n",
+        "",
+        "test_kms.py::test_it_is_asked_once_for_each_data_key",
+    ),
+    Mutation(
+        "who waits for a KMS keeps nobody else waiting",
+        "_io/asyncio.py",
+        "        return await asyncio.to_thread(work)\n\n    async def embed",
+        "        return work()\n\n    async def embed",
+        "test_kms.py::test_who_waits_for_it_keeps_nobody_else_waiting",
+    ),
+    Mutation(
+        "a KMS that is away holds up no flush",
+        "_ops/shared.py",
+        "    except (SealError, UnavailableError):\n",
+        "    except SealError:\n",
+        "test_kms.py::test_a_process_that_cannot_reach_it_flushes_what_others_left",
+    ),
+    Mutation(
         "a value that is labelled with another cipher is refused",
         "_seal/codec.py",
         "    if not suffix or not type_.endswith(suffix):\n",

@@ -48,6 +48,9 @@ class AsyncioSession:
     async def execute(self, query: Query, params: Params = None) -> None:
         await self._connection.execute(query, params)
 
+    async def run(self, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(work)
+
 
 class AsyncioDurable:
     """Postgres through a pool of asyncio connections."""
@@ -149,6 +152,9 @@ class AsyncioBackend:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(work)
 
     async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
         return await embeddings.aembed_documents(list(texts))

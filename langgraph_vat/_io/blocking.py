@@ -45,6 +45,9 @@ class BlockingSession:
     async def execute(self, query: Query, params: Params = None) -> None:
         self._connection.execute(query, params)
 
+    async def run(self, work: Callable[[], T]) -> T:
+        return work()
+
 
 class BlockingDurable:
     """Postgres through a pool of blocking connections, shared by all threads."""
@@ -135,6 +138,9 @@ class BlockingBackend:
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 - the blocking colour of this verb
+
+    async def run(self, work: Callable[[], T]) -> T:
+        return work()
 
     async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
         return embeddings.embed_documents(list(texts))

@@ -44,7 +44,15 @@ class Script:
     sha1: str
 
 
-class Session(Protocol):
+class Runner(Protocol):
+    """Whatever can wait for something else than a tier."""
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run what may take long: on an event loop in a thread, so that nobody else waits."""
+        ...
+
+
+class Session(Runner, Protocol):
     """One transaction on one connection: READ COMMITTED, rolled back on any error."""
 
     async def fetch(
@@ -126,7 +134,7 @@ class Hot(Protocol):
         ...
 
 
-class Backend(Protocol):
+class Backend(Runner, Protocol):
     """Both tiers in one colour, with the few other things that differ by colour."""
 
     @property

@@ -34,8 +34,9 @@ from psycopg import sql as composing
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
-from langgraph_vat._io.protocols import Backend, Durable, Row, Session
+from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
 from langgraph_vat._ops import search
+from langgraph_vat._ops.keys import OpenedKeys, unwrap_key, wrap_key
 from langgraph_vat._ops.search import VectorIndex, is_paths
 from langgraph_vat._ops.shared import SHREDDED, now
 from langgraph_vat._plain import is_plain, is_text
@@ -43,7 +44,7 @@ from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
 
 _Paged = TypeVar("_Paged", SearchOp, ListNamespacesOp)
@@ -64,11 +65,12 @@ class Items:
     """What all operations of one store share in a process."""
 
     index: VectorIndex | None
-    keyring: Keyring | None
+    keyring: KeyWrapper | None
     serde: SerializerProtocol
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
     opened_at: dict[str, float] = field(default_factory=dict)
+    opened: OpenedKeys = field(default_factory=OpenedKeys)
 
 
 @dataclass(slots=True)
@@ -249,14 +251,13 @@ def key_place(root: str) -> bytes:
 
 async def _add_key(items: Items, backend: Backend, root: str) -> None:
     """Have the data key of a root; one that is new is committed before it is used."""
-    await _open_keys(items, backend.durable, {root})
+    await _open_keys(items, backend.durable, backend, {root})
     if items.keyring is None or items.data_keys.get(root) is not None:
         return
-    wrapped = DataKey.generate(items.keyring.cipher).wrap(
-        items.keyring, associated_data=key_place(root)
-    )
+    data_key = DataKey.generate(items.keyring.cipher)
+    wrapped = await wrap_key(backend, items.keyring, data_key, key_place(root))
     found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
-    _remember(items, root, found[0][0])
+    await _remember(items, backend, root, found[0][0])
 
 
 async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> None:
@@ -266,11 +267,15 @@ async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> Non
         known = items.data_keys.get(_root(prefix))
         if type_ is not None and known is not None and not known.can_open(exact):
             other.add(_root(prefix))
-    await _open_keys(items, session, (_root(row[0]) for row in rows), other)
+    await _open_keys(items, session, session, (_root(row[0]) for row in rows), other)
 
 
 async def _open_keys(
-    items: Items, source: Session | Durable, roots: Iterable[str], other: Collection[str] = ()
+    items: Items,
+    source: Session | Durable,
+    runner: Runner,
+    roots: Iterable[str],
+    other: Collection[str] = (),
 ) -> None:
     """
     Open the data keys of roots, as far as there are any, unless they were just now.
@@ -280,6 +285,7 @@ async def _open_keys(
     Args:
         items: What the store knows.
         source: Where to ask.
+        runner: Where to wait for whoever wraps keys.
         roots: First labels.
         other: Those that are asked for in any case.
     """
@@ -288,14 +294,15 @@ async def _open_keys(
     if items.keyring is None or not wanted:
         return
     for root, wrapped in await source.fetch(sql.FIND_KEYS, {"roots": sorted(wanted)}):
-        _remember(items, root, wrapped)
+        await _remember(items, runner, root, wrapped)
 
 
-def _remember(items: Items, root: str, wrapped: bytes) -> None:
+async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> None:
     assert items.keyring is not None
     key = None
     if wrapped != SHREDDED:
-        key = DataKey.unwrap(wrapped, items.keyring, associated_data=key_place(root))
+        place = key_place(root)
+        key = await unwrap_key(runner, items.keyring, items.opened, wrapped, place)
     items.data_keys[root] = key
     items.opened_at[root] = now()
 

@@ -22,6 +22,7 @@ from typing import Any, LiteralString, NamedTuple
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
+from langgraph_vat._ops.keys import wrap_key
 from langgraph_vat._ops.shared import NO_SERDE, SHREDDED, Shared, key_place, known_in
 from langgraph_vat._ops.threads import change_history, find
 from langgraph_vat._ops.values import blob_place
@@ -29,7 +30,7 @@ from langgraph_vat._records import Fence, Resealed
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import ConfigurationError, InvalidInputError, SealError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.keyring import KeyWrapper
 
 logger = logging.getLogger("langgraph_vat")
 
@@ -100,7 +101,7 @@ async def _store(
         await session.execute(kind.update, params)
 
 
-def check_age(keyring: Keyring | None, max_age_s: Any) -> None:
+def check_age(keyring: KeyWrapper | None, max_age_s: Any) -> None:
     """
     Refuse what nothing can be resealed by.
 
@@ -173,7 +174,7 @@ async def _set_key(
 ) -> None:
     assert shared.keyring is not None
     bound = key_place(thread_id, fence.generation)
-    wrapped = data_key.wrap(shared.keyring, associated_data=bound)
+    wrapped = await wrap_key(session, shared.keyring, data_key, bound)
     await session.execute(sql.SET_DATA_KEY, {"thread": thread_id, "data_key": wrapped})
 
 

@@ -13,6 +13,7 @@ from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.items import Items, key_place
+from langgraph_vat._ops.keys import unwrap_key, wrap_key
 from langgraph_vat._ops.reseal import is_due
 from langgraph_vat._ops.shared import SHREDDED
 from langgraph_vat._records import Resealed
@@ -66,12 +67,14 @@ async def _locked(items: Items, session: Session, root: str) -> DataKey | None:
     assert items.keyring is not None
     rows = await session.fetch(sql.LOCK_KEY, {"root": root})
     bound = key_place(root)
-    return DataKey.unwrap(rows[0][0], items.keyring, associated_data=bound) if rows else None
+    if not rows:
+        return None
+    return await unwrap_key(session, items.keyring, items.opened, rows[0][0], bound)
 
 
 async def _set_key(items: Items, session: Session, root: str, data_key: DataKey) -> None:
     assert items.keyring is not None
-    wrapped = data_key.wrap(items.keyring, associated_data=key_place(root))
+    wrapped = await wrap_key(session, items.keyring, data_key, key_place(root))
     await session.execute(sql.SET_KEY, {"root": root, "data_key": wrapped})
 
 

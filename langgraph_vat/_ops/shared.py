@@ -19,13 +19,14 @@ from langgraph_vat._hot.bases import Bases
 from langgraph_vat._hot.copies import Copies
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.forks import renew_after_fork
-from langgraph_vat._io.protocols import Session
+from langgraph_vat._io.protocols import Runner, Session
+from langgraph_vat._ops.keys import OpenedKeys, unwrap_key
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import SealError, ShreddedError
-from langgraph_vat.keyring import Keyring
+from langgraph_vat.errors import SealError, ShreddedError, UnavailableError
+from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
 from langgraph_vat.settings import Settings
 
@@ -127,11 +128,12 @@ class Shared:
     """The memory of one saver and its clones."""
 
     settings: Settings
-    keyring: Keyring | None
+    keyring: KeyWrapper | None
     keys: Keys
     copies: Copies = field(default_factory=Copies)
     bases: Bases = field(default_factory=Bases)
     threads: KnownThreads = field(default_factory=KnownThreads)
+    opened: OpenedKeys = field(default_factory=OpenedKeys)
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)
     quarantine: dict[str, Exception] = field(default_factory=dict)
@@ -178,25 +180,31 @@ def key_place(thread_id: str, generation: str) -> bytes:
 
 
 async def known_in(shared: Shared, session: Session, thread_id: str, fence: Fence) -> Known | None:
-    """Return what is known of a thread that is locked at `fence`; None if its key is not here."""
+    """
+    Return what is known of a thread that is locked at `fence`; None if its key is not here.
+
+    Nor is it if whoever wraps keys does not answer: one thread's trouble stops no others.
+    """
     known = shared.threads.get(thread_id)
     if known is not None and known.fence == fence:
         return known
     rows = await session.fetch(sql.FIND_THREAD, {"thread": thread_id})
     try:
-        return Known(fence, unwrapped(shared, thread_id, fence.generation, rows[0][2]))
-    except SealError:
+        data_key = await unwrapped(shared, session, thread_id, fence.generation, rows[0][2])
+    except (SealError, UnavailableError):
         return None
+    return Known(fence, data_key)
 
 
-def unwrapped(
-    shared: Shared, thread_id: str, generation: str, wrapped: bytes | None
+async def unwrapped(
+    shared: Shared, runner: Runner, thread_id: str, generation: str, wrapped: bytes | None
 ) -> DataKey | None:
     """
     Return a thread's data key; None if it is not sealed.
 
     Raises:
         SealError: It is sealed and this saver is not, or the reverse; or it was shredded.
+        UnavailableError: Whoever wraps keys does not answer.
     """
     if wrapped == SHREDDED:
         raise ShreddedError(
@@ -215,7 +223,7 @@ def unwrapped(
         )
         raise SealError(msg)
     bound = key_place(thread_id, generation)
-    return DataKey.unwrap(wrapped, shared.keyring, associated_data=bound)
+    return await unwrap_key(runner, shared.keyring, shared.opened, wrapped, bound)
 
 
 def now() -> float:

@@ -27,6 +27,7 @@ from langgraph_vat._hot import scripts
 from langgraph_vat._hot.entries import empty_head, head_pairs, sparse, write_pairs
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.flush import flush
+from langgraph_vat._ops.keys import wrap_key
 from langgraph_vat._ops.patches import marked
 from langgraph_vat._ops.shared import SHREDDED, Known, Shared, key_place, recount, unwrapped
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
@@ -58,13 +59,15 @@ async def find(shared: Shared, backend: Backend, thread_id: str, *, create: bool
 
     Raises:
         SealError: The thread is sealed and this saver is not, or the reverse.
+        UnavailableError: Postgres, or whoever wraps keys, does not answer.
     """
     found = await _find_row(shared, backend, thread_id, create=create)
     if found is None:
         shared.threads.forget(thread_id)
         return None
     fence, wrapped = found
-    known = Known(fence, unwrapped(shared, thread_id, fence.generation, wrapped))
+    data_key = await unwrapped(shared, backend, thread_id, fence.generation, wrapped)
+    known = Known(fence, data_key)
     shared.threads.set(thread_id, known)
     return known
 
@@ -86,7 +89,8 @@ async def find_all(
     for thread_id, *fence, wrapped in rows:
         missing.remove(thread_id)
         if wrapped != SHREDDED:
-            known = Known(Fence(*fence), unwrapped(shared, thread_id, fence[0], wrapped))
+            data_key = await unwrapped(shared, backend, thread_id, fence[0], wrapped)
+            known = Known(Fence(*fence), data_key)
             shared.threads.set(thread_id, known)
             found[thread_id] = known
     for thread_id in missing:
@@ -117,9 +121,8 @@ async def _add(
     wrapped = None
     if is_sealed and shared.keyring is not None:
         bound = key_place(thread_id, generation)
-        wrapped = DataKey.generate(shared.keyring.cipher).wrap(
-            shared.keyring, associated_data=bound
-        )
+        data_key = DataKey.generate(shared.keyring.cipher)
+        wrapped = await wrap_key(backend, shared.keyring, data_key, bound)
     params = {"thread": thread_id, "generation": generation, "data_key": wrapped}
     added = (await backend.durable.fetch(sql.ADD_THREAD, params))[0]
     if not is_sealed:

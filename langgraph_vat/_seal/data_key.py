@@ -31,7 +31,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from langgraph_vat.errors import SealError
-from langgraph_vat.keyring import AES, CHACHA, Keyring
+from langgraph_vat.keyring import AES, CHACHA, KeyWrapper
 
 _VERSION = b"\x01"
 _ALGORITHMS = {AES: b"\x01", CHACHA: b"\x02"}
@@ -110,12 +110,12 @@ class DataKey:
         """Whether a message was sealed by this key or one behind it, if it was not changed."""
         return bytes((sealed or b"")[:_HEADER_BYTES]) in self._ciphers
 
-    def wrap(self, keyring: Keyring, *, associated_data: bytes) -> bytes:
+    def wrap(self, keyring: KeyWrapper, *, associated_data: bytes) -> bytes:
         """Return it encrypted under the keyring's primary key, bound to `associated_data`."""
         return keyring.wrap(_joined(self._secrets), associated_data=associated_data)
 
     @classmethod
-    def unwrap(cls, wrapped: bytes, keyring: Keyring, *, associated_data: bytes) -> Self:
+    def unwrap(cls, wrapped: bytes, keyring: KeyWrapper, *, associated_data: bytes) -> Self:
         """
         Return the key that `wrap` encrypted.
 

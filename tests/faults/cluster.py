@@ -262,6 +262,15 @@ class Cluster:
         with redis.Redis.from_url(self._redis[1].url) as replica:
             replica.execute_command("REPLICAOF", "127.0.0.1", self._ports[0])
 
+    def _until_trusted(self) -> None:
+        """Wait until steps are in Redis alone again: before, its memory is no loss."""
+        until = time.monotonic() + 10
+        with psycopg.connect(self.postgres.url, autocommit=True) as connection:
+            query = "SELECT FROM vat_state WHERE degraded_until IS NOT NULL"
+            while connection.execute(query).fetchall() and time.monotonic() < until:
+                time.sleep(0.05)
+        self._wait(0.1, 0.5)
+
     def _wait(self, least_s: float, most_s: float) -> None:
         time.sleep(self._rng.uniform(least_s, most_s))
 
@@ -303,11 +312,13 @@ class Cluster:
 
     @fault(takes="memory")
     def fault_redis_emptied(self) -> None:
+        self._until_trusted()
         with self._uncertainty(), self._client() as client:
             client.flushall()
 
     @fault(takes="memory")
     def fault_redis_failed_over_to_a_lagging_replica(self) -> None:
+        self._until_trusted()
         with self._uncertainty():
             old, new = self._redis
             with redis.Redis.from_url(new.url) as replica:
