@@ -209,11 +209,16 @@ def _context(associated_data: bytes) -> dict[str, Any]:
 def _default_client() -> Any:
     try:
         import boto3
+        from botocore.exceptions import BotoCoreError
     except ImportError:
         raise ConfigurationError(
             'AwsKmsKeyWrapper needs boto3: pip install "langgraph-vat[aws]"'
         ) from None
-    return boto3.client("kms")
+    try:
+        return boto3.client("kms")
+    except BotoCoreError as error:
+        msg = f"boto3 makes no client of KMS ({type(error).__name__}); pass client="
+        raise ConfigurationError(msg) from error
 
 
 # --- the key server ------------------------------------------------------------
@@ -318,6 +323,8 @@ def _remove_stale(path: str) -> None:
             probe.connect(path)
         except ConnectionRefusedError:
             Path(path).unlink(missing_ok=True)
+        except OSError:
+            pass  # somebody else's: it cannot be made there, which is said
 
 
 def main() -> None:

@@ -342,6 +342,12 @@ def test_what_aws_kms_is_told_names_nobody():
     assert "ada" not in str(asked[0]["EncryptionContext"])
 
 
+def test_an_aws_kms_without_a_region_is_no_configuration(monkeypatch):
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    with pytest.raises(ConfigurationError, match="NoRegion"):
+        AwsKmsKeyWrapper("k")
+
+
 def test_an_aws_kms_that_does_not_answer_is_unavailable(monkeypatch):
     import boto3
     from botocore.config import Config
