@@ -63,11 +63,11 @@ def test_unusable_settings_and_keys() -> None:
             Settings(**wrong)
     with pytest.raises(ConfigurationError):
         Keyring([("k", b"short")])
-    with pytest.raises(ConfigurationError, match="Keyring, not str"):
+    with pytest.raises(ConfigurationError, match="KeyWrapper, not str"):
         HybridSaver.from_conn_string("postgresql://h/db", keyring="abc")
     with pytest.raises(ConfigurationError, match="dumps_typed"):
         HybridSaver.from_conn_string("postgresql://h/db", serde=object())
-    with pytest.raises(ConfigurationError, match="Keyring, not bytes"):
+    with pytest.raises(ConfigurationError, match="KeyWrapper, not bytes"):
         SemanticStore.from_conn_string("postgresql://h/db", keyring=b"k")
 
 
