@@ -29,6 +29,9 @@ WORKERS, TALKERS = 2, 16
 POOL = 8
 # The interpreter, its loops and LangGraph's executors; connections come on top.
 _FEW = 40
+# Megabytes of steps that wait in Redis while Postgres is away, which may be now or before;
+# what leaks there is found in the end, when all heads have expired.
+_SWING = 64
 # Threads that are hot at one time, and a fault may have emptied Redis before.
 _KEYS = 400
 
@@ -68,7 +71,8 @@ def test_a_long_run_with_faults_leaves_nothing_behind(capsys):
     assert left == []
     for name, of_name in samples.items():
         early, late = of_name[: len(of_name) // 2], _quarters(of_name)[3]
-        assert late.memory < 1.15 * max(one.memory for one in early) + 8, name
+        swing = _SWING if name == "redis" else 8
+        assert late.memory < 1.15 * max(one.memory for one in early) + swing, name
         few = _KEYS if name == "redis" else _FEW
         assert late.count < 1.25 * max(one.count for one in early) + few, name
 
