@@ -152,7 +152,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
     async def _setup(self, backend: Backend) -> None:
         await require_hot(self._shared, backend, self._life.connections.redis_address)
         await prepare(backend, self._life.connections.schema)
-        await setup_checkpoints(backend)
+        await setup_checkpoints(backend, self._shared.filterable)
         if self._shared.keyring is None:
             await warn_of_sealed(backend)
         await refresh(self._shared, backend, may_try=True)
@@ -178,7 +178,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
 
     async def _enable_hot(self, backend: Backend) -> None:
         await prepare(backend, self._life.connections.schema)
-        await setup_checkpoints(backend)
+        await setup_checkpoints(backend, self._shared.filterable)
         await enable_hot(self._shared, backend)
 
     def ddl(self, *, concurrently: bool = False) -> str:
@@ -194,7 +194,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
             concurrently: Whether to make the indexes of a large table at the end, and
                 while others write. One that fails has to be dropped, and made again.
         """
-        return ddl(self._life.connections.schema, concurrently=concurrently)
+        filterable = self._shared.filterable
+        return ddl(self._life.connections.schema, filterable, concurrently=concurrently)
 
     def check(self) -> Sequence[str]:
         """
@@ -211,7 +212,8 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         return await self._check(await self._life.connections.asyncio())
 
     async def _check(self, backend: Backend) -> Sequence[str]:
-        return await check_checkpoints(backend, self._life.connections.schema)
+        schema = self._life.connections.schema
+        return await check_checkpoints(backend, schema, self._shared.filterable)
 
     def flush(self) -> None:
         """Move every dirty thread's journal to Postgres, other processes' too."""

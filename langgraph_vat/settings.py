@@ -113,6 +113,11 @@ class Settings:
         thread_metadata: Keys of a checkpoint's metadata by which threads can be
             searched, such as ``("user_id",)``. Their values are readable in
             Postgres where the rest is sealed.
+        filterable_metadata: Keys of sealed metadata by which ``list(filter=)`` finds
+            checkpoints in Postgres: beside them stands a keyed hash of a value that is a
+            string, a number or a boolean. Who reads the database sees which are equal.
+        filterable_fields: Likewise of items of a sealed store, on their first level, for
+            ``search(filter=)`` of equality within one first label of a namespace.
         retention: For how long threads are kept: a `Retention`, or a mapping like
             ``ttl`` in langgraph.json; None for ever. A thread may have its own.
         max_head_bytes: A state larger than this is not kept hot.
@@ -133,6 +138,8 @@ class Settings:
     on_conflict: str = "fork"
     storage: str = "compact"
     thread_metadata: tuple[str, ...] = ()
+    filterable_metadata: tuple[str, ...] = ()
+    filterable_fields: tuple[str, ...] = ()
     retention: Retention | None = None
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
@@ -157,9 +164,18 @@ class Settings:
         _require(self.max_backlog_bytes >= 1, "max_backlog_bytes must be at least 1 byte")
         _require(self.on_conflict in ("fork", "raise"), "on_conflict must be 'fork' or 'raise'")
         _require(self.storage in STORAGES, f"storage must be one of {STORAGES}")
+        for name in ("thread_metadata", "filterable_metadata", "filterable_fields"):
+            keys = getattr(self, name)
+            _require(
+                all(type(key) is str and key and is_plain(key) and "%" not in key for key in keys),
+                f"{name} must be names, without NULs, lone surrogates or '%'",
+            )
         _require(
-            all(type(key) is str and key for key in self.thread_metadata),
-            "thread_metadata must be names of metadata",
+            not {*self.thread_metadata} & {*self.filterable_metadata},
+            "what thread_metadata names is readable: leave it out of filterable_metadata",
+        )
+        _require(
+            "vat_blind" not in self.thread_metadata, "thread_metadata must not name 'vat_blind'"
         )
         _require(
             self.retention is None or self.retention.metadata.keys() <= {*self.thread_metadata},

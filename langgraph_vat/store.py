@@ -40,9 +40,10 @@ class SemanticStore(Managed, BaseStore):
             PostgresStore's ``distance_type`` and ``ann_index_config``. Scores
             are 1 - distance for cosine, else the negative distance.
         ttl: When items expire, in minutes, fractions allowed.
-        keyring: Seals values; fields are then filtered after opening. Ids and
-            embeddings stay readable.
+        keyring: Seals values; fields are then filtered after opening, but for
+            `Settings.filterable_fields`. Ids and embeddings stay readable.
         serde: Serializer of what JSON cannot hold.
+        settings: Of a store, `Settings.filterable_fields`.
 
     Raises:
         ConfigurationError: The index or the TTL cannot work.
@@ -58,8 +59,10 @@ class SemanticStore(Managed, BaseStore):
         ttl: TTLConfig | None = None,
         keyring: KeyWrapper | None = None,
         serde: SerializerProtocol | None = None,
+        settings: Settings | None = None,
     ) -> None:
         keyring = sealing(keyring, serde)
+        settings = settings or Settings()
         for name, config in (("index", index), ("ttl", ttl)):
             if config is not None and not isinstance(config, dict):
                 msg = f"{name} must be a dict, as LangGraph's stores take it"
@@ -71,7 +74,8 @@ class SemanticStore(Managed, BaseStore):
         self._connections = connections
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
-        self._items = items.Items(vectors, keyring, serde or StrictSerializer())
+        filterable = settings.filterable_fields if keyring is not None else ()
+        self._items = items.Items(vectors, keyring, serde or StrictSerializer(), filterable)
 
     @classmethod
     def from_conn_string(
@@ -90,8 +94,9 @@ class SemanticStore(Managed, BaseStore):
         Use it in ``with`` or ``async with``, which set up the schema and close
         it, or call `setup` and `close`.
         """
-        connections = Connections(postgres, None, Settings.of(settings), schema)
-        return cls(connections, index=index, ttl=ttl, keyring=keyring)
+        tuned = Settings.of(settings)
+        connections = Connections(postgres, None, tuned, schema)
+        return cls(connections, index=index, ttl=ttl, keyring=keyring, settings=tuned)
 
     def setup(self, *, create_extension: bool = True) -> None:
         """
@@ -113,11 +118,13 @@ class SemanticStore(Managed, BaseStore):
 
     async def _setup(self, backend: Backend, *, create_extension: bool) -> None:
         await prepare(backend, self._connections.schema)
-        await setup_items(backend, self._items.index, create_extension=create_extension)
+        known = self._items
+        await setup_items(backend, known.index, known.filterable, create_extension=create_extension)
 
     def ddl(self, *, create_extension: bool = True) -> str:
         """Return the SQL that `setup` runs; see `HybridSaver.ddl`."""
-        return ddl(self._connections.schema, self._items.index, create_extension=create_extension)
+        schema, known = self._connections.schema, self._items
+        return ddl(schema, known.index, known.filterable, create_extension=create_extension)
 
     def check(self) -> Sequence[str]:
         """Return what the tables or the role lack; see `HybridSaver.check`."""
@@ -128,7 +135,8 @@ class SemanticStore(Managed, BaseStore):
         return await self._check(await self._connections.asyncio())
 
     async def _check(self, backend: Backend) -> Sequence[str]:
-        return await check_items(backend, self._connections.schema, self._items.index)
+        schema, known = self._connections.schema, self._items
+        return await check_items(backend, schema, known.index, known.filterable)
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """

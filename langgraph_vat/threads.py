@@ -208,6 +208,7 @@ class Threads:
         A data key that was replaced still opens what comes late; when nothing needs it, and a
         day has passed, the next call drops it. It may be stopped at any moment; run again, it
         goes on. Called every day with a `max_age_s` of 90 days, no data key gets older than that.
+        What is sealed anew gets what `Settings.filterable_metadata` needs.
 
         Args:
             max_age_s: Which data keys are replaced: those made so many seconds ago, or more.
@@ -225,7 +226,8 @@ class Threads:
     async def _reseal(self, backend: Backend, max_age_s: float) -> Resealed:
         shared = self._life.shared
         reseal.check_age(shared.keyring, max_age_s)
-        return await reseal.reseal(shared, backend, prefix=self._everything, max_age_s=max_age_s)
+        prefix = self._everything
+        return await reseal.reseal(shared, backend, self._serde, prefix=prefix, max_age_s=max_age_s)
 
     def shred(self, thread_id: str) -> None:
         """

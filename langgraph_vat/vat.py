@@ -59,7 +59,9 @@ class Vat(Managed):
             serde=serde,
             is_first=servers is not None and servers.is_first,
         )
-        self.store = SemanticStore(connections, index=index, ttl=ttl, keyring=keyring, serde=serde)
+        self.store = SemanticStore(
+            connections, index=index, ttl=ttl, keyring=keyring, serde=serde, settings=settings
+        )
 
     @classmethod
     def connect(

@@ -18,7 +18,8 @@ from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import SealError, UnknownKeyError
 from langgraph_vat.serde import EncryptedSerializer
 
-FILES = [json.loads(p.read_text()) for p in sorted((Path(__file__).parent / "wire").glob("*.json"))]
+PATHS = sorted((Path(__file__).parent / "wire").glob("sealed-*.json"))
+FILES = [json.loads(path.read_text()) for path in PATHS]
 WIRE = [{"cipher": "aes256gcm", **m, "keys": f["keys"]} for f in FILES for m in f["messages"]]
 PLACE = ("blob", "", "messages", "1")
 BASE = ("checkpoint", "t", "g")

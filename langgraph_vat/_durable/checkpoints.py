@@ -136,6 +136,26 @@ FROM unnest(%(owners)s::text[], %(data_keys)s::bytea[]) AS n (thread_id, data_ke
 WHERE t.thread_id = n.thread_id
 """
 
+SELECT_INDEX_KEY: LiteralString = """
+SELECT index_key FROM vat_state WHERE index_key IS NOT NULL
+"""
+
+# Of two processes that add it at once, both get the first one's.
+ADD_INDEX_KEY: LiteralString = """
+UPDATE vat_state SET index_key = coalesce(index_key, %(index_key)s) RETURNING index_key
+"""
+
+# For a rotation, which goes by owners: there is one, without a name.
+LOCK_INDEX_KEY: LiteralString = """
+SELECT '', index_key FROM vat_state
+WHERE index_key IS NOT NULL AND %(after)s = '' LIMIT %(limit)s FOR UPDATE
+"""
+
+REPLACE_INDEX_KEY: LiteralString = """
+UPDATE vat_state SET index_key = n.index_key
+FROM unnest(%(owners)s::text[], %(data_keys)s::bytea[]) AS n (owner, index_key)
+"""
+
 # Whoever took these steps still holds copies of them, and learns here that they are stored.
 # He may never come: the newest are enough.
 NOTE_FLUSHED: LiteralString = """
@@ -366,7 +386,7 @@ AND w.checkpoint_id = n.checkpoint_id AND w.task_id = n.task_id AND w.idx = n.id
 
 # A limit of one row keeps the planner at the primary key: it takes the versions of a
 # checkpoint for a hundred, and would rather walk over all values that a thread ever had.
-_SNAPSHOT: LiteralString = """
+SNAPSHOT: LiteralString = """
 SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoint_id, ''),
     c.checkpoint, c.metadata, coalesce(c.vat_type, ''), coalesce(c.vat_exact, ''),
     ARRAY(
@@ -422,11 +442,12 @@ SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoi
             AND b.channel = n.channel AND b.version = n.version LIMIT 1
         ) AS b
     )
-FROM checkpoints c
 """
+_FROM: LiteralString = "FROM checkpoints c"
 
 SELECT_LATEST: LiteralString = (
-    _SNAPSHOT
+    SNAPSHOT
+    + _FROM
     + """
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
 ORDER BY c.checkpoint_id DESC LIMIT 1
@@ -451,7 +472,8 @@ AND w.checkpoint_id > %(checkpoint)s
 """
 
 SELECT_ONE: LiteralString = (
-    _SNAPSHOT
+    SNAPSHOT
+    + _FROM
     + """
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = %(namespace)s
 AND c.checkpoint_id = %(checkpoint)s
@@ -463,7 +485,7 @@ AND c.checkpoint_id = %(checkpoint)s
 # sees the thread ids with its prefix; the unscoped one, those without any tenant's.
 # Containing is what an index finds; of a list, an object or null, being equal is asked of
 # what it found. What is absent falls away before the planner would take it for rare.
-_PAGE: LiteralString = """
+PAGE_CONDITION: LiteralString = """
 WHERE (%(thread)s::text IS NULL OR c.thread_id = %(thread)s)
 AND starts_with(c.thread_id, %(prefix)s) = %(scoped)s
 AND (%(namespace)s::text IS NULL OR c.checkpoint_ns = %(namespace)s)
@@ -472,27 +494,33 @@ AND (%(before)s::text IS NULL OR c.checkpoint_id < %(before)s)
 AND (%(after_id)s::text IS NULL
      OR (c.checkpoint_id, c.thread_id, c.checkpoint_ns)
         < (%(after_id)s, %(after_thread)s, %(after_namespace)s))
-AND (%(filter)s::jsonb = '{}' OR c.metadata @> %(filter)s::jsonb)
 AND (%(exact)s::jsonb = '{}' OR NOT EXISTS (
     SELECT FROM jsonb_each(%(exact)s::jsonb) AS f
     WHERE coalesce(c.metadata -> f.key, 'null') <> f.value
 ))
+"""
+PAGE_ORDER: LiteralString = """
 ORDER BY c.checkpoint_id DESC, c.thread_id DESC, c.checkpoint_ns DESC
 LIMIT %(limit)s
 """
 
-SELECT_PAGE: LiteralString = _SNAPSHOT + _PAGE
+_PAGE: LiteralString = (
+    _FROM
+    + PAGE_CONDITION
+    + "AND (%(filter)s::jsonb = '{}' OR c.metadata @> %(filter)s::jsonb)"
+    + PAGE_ORDER
+)
+
+SELECT_PAGE: LiteralString = SNAPSHOT + _PAGE
 
 # Without values and writes, which may be large.
-SELECT_LIGHT_PAGE: LiteralString = (
-    """
+LIGHT_SNAPSHOT: LiteralString = """
 SELECT c.thread_id, c.checkpoint_ns, c.checkpoint_id, coalesce(c.parent_checkpoint_id, ''),
     c.checkpoint - 'channel_values', c.metadata, coalesce(c.vat_type, ''),
     coalesce(c.vat_exact, ''), '{}'::text[], '{}'::text[], '{}'::text[], '{}'::text[]
-FROM checkpoints c
 """
-    + _PAGE
-)
+
+SELECT_LIGHT_PAGE: LiteralString = LIGHT_SNAPSHOT + _PAGE
 
 # The ancestors of a checkpoint that some channel's value still depends on:
 # each channel's walk ends at the nearest one that stores a value.
@@ -847,6 +875,26 @@ RESEAL_EXACTS: LiteralString = """
 UPDATE checkpoints c SET vat_type = n.type, vat_exact = n.exact
 FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(types)s::text[], %(blobs)s::bytea[])
     AS n (checkpoint_ns, checkpoint_id, type, exact)
+WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
+AND c.checkpoint_id = n.checkpoint_id
+"""
+
+# Nothing is found by them any more, and nothing of a guess can be tried on them.
+FORGET_TOKENS: LiteralString = """
+UPDATE checkpoints c SET metadata = c.metadata || jsonb_build_object('vat_blind', (
+    SELECT jsonb_object_agg(t.key, NULL) FROM jsonb_each(c.metadata -> 'vat_blind') AS t
+))
+WHERE c.thread_id = %(thread)s AND jsonb_typeof(c.metadata -> 'vat_blind') = 'object'
+AND c.metadata -> 'vat_blind' <> '{}'
+"""
+
+# What was written before a field was declared.
+ADD_TOKENS: LiteralString = """
+UPDATE checkpoints c SET metadata = c.metadata || jsonb_build_object(
+    'vat_blind', coalesce(c.metadata -> 'vat_blind', '{}') || n.tokens::jsonb
+)
+FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(tokens)s::text[])
+    AS n (checkpoint_ns, checkpoint_id, tokens)
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
 AND c.checkpoint_id = n.checkpoint_id
 """

@@ -162,6 +162,38 @@ FROM unnest(%(owners)s::text[], %(data_keys)s::bytea[]) AS n (root, data_key)
 WHERE k.root = n.root
 """
 
+# Beside the roots, under the name that none has.
+SELECT_INDEX_KEY: LiteralString = "SELECT data_key FROM vat_store_keys WHERE root = ''"
+
+ADD_INDEX_KEY: LiteralString = """
+INSERT INTO vat_store_keys AS k (root, data_key) VALUES ('', %(index_key)s)
+ON CONFLICT (root) DO UPDATE SET data_key = k.data_key RETURNING data_key
+"""
+
+LOCK_INDEX_KEY: LiteralString = """
+SELECT root, data_key FROM vat_store_keys
+WHERE root = '' AND root >= %(after)s LIMIT %(limit)s FOR UPDATE
+"""
+
+FORGET_TOKENS: LiteralString = (
+    """
+UPDATE store s SET value = s.value || jsonb_build_object('vat_blind', (
+    SELECT jsonb_object_agg(t.key, NULL) FROM jsonb_each(s.value -> 'vat_blind') AS t
+))
+WHERE s.vat_value IS NOT NULL AND jsonb_typeof(s.value -> 'vat_blind') = 'object'
+AND s.value -> 'vat_blind' <> '{}' AND """
+    + _OF_ROOT
+)
+
+# What was put before a field was declared.
+ADD_TOKENS: LiteralString = """
+UPDATE store s SET value = s.value || jsonb_build_object(
+    'vat_blind', coalesce(s.value -> 'vat_blind', '{}') || n.tokens::jsonb
+)
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(tokens)s::text[]) AS n (prefix, key, tokens)
+WHERE s.prefix = n.prefix AND s.key = n.key
+"""
+
 PLACE: LiteralString = "s.prefix, s.key"
 ITEM: LiteralString = """
 s.prefix, s.key, s.value, s.vat_type, s.vat_value, s.created_at, s.updated_at,

@@ -19,7 +19,7 @@ LOCK_TIMEOUT: LiteralString = "SET LOCAL lock_timeout = '10s'"
 
 # Versions of langgraph-checkpoint-postgres that the statements below include.
 LANGGRAPH_VERSION = 9
-VERSION = 4
+VERSION = 5
 
 # In the schema that is ours, and in no other on the search path. It reads a table: a
 # statement that reads none may not see what another session made a moment ago.
@@ -51,7 +51,7 @@ TABLES = {
     " head_id metadata retention kept kept_last flushed tenant",
     "vat_floors": "thread_id checkpoint_ns floor",
     "vat_deleted_runs": "run_id deleted_at",
-    "vat_state": "epoch hot_tier hot_prefix hot_runs degraded_until lease_s swept_at",
+    "vat_state": "epoch hot_tier hot_prefix hot_runs degraded_until lease_s swept_at index_key",
     "vat_schema": "version",
 }
 
@@ -198,6 +198,13 @@ MIGRATION_2: tuple[LiteralString, ...] = (
     "INSERT INTO vat_schema (version) VALUES (2) ON CONFLICT DO NOTHING",
 )
 
+HAS_INDEX: LiteralString = """
+SELECT EXISTS (
+    SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = current_schema() AND c.relname = %(name)s AND c.relkind = 'i'
+)
+"""
+
 # What a value builds on that is kept as a patch: versions of its channel, the
 # whole one first; and where it stands in its line.
 MIGRATION_3: tuple[LiteralString, ...] = (
@@ -298,9 +305,16 @@ FOR EACH STATEMENT EXECUTE FUNCTION vat_keep_state()""",
     "INSERT INTO vat_schema (version) VALUES (4) ON CONFLICT DO NOTHING",
 )
 
+# What the tokens of sealed metadata are made with.
+MIGRATION_5: tuple[LiteralString, ...] = (
+    "ALTER TABLE vat_state ADD COLUMN IF NOT EXISTS index_key BYTEA",
+    "INSERT INTO vat_schema (version) VALUES (5) ON CONFLICT DO NOTHING",
+)
+
 MIGRATIONS: tuple[tuple[LiteralString, ...], ...] = (
     MIGRATION_1,
     MIGRATION_2,
     MIGRATION_3,
     MIGRATION_4,
+    MIGRATION_5,
 )

@@ -158,6 +158,14 @@ def check_ids(name: str, ids: Any) -> Sequence[Any]:
     return list(ids)
 
 
+def tenant_of(stored: str) -> str:
+    """Return the tenant that a stored thread id belongs to; nothing if it belongs to none."""
+    if not stored.startswith(TENANTS):
+        return ""
+    length, _, rest = stored.removeprefix(TENANTS).partition(":")
+    return rest[: int(length)]
+
+
 class View:
     """
     The threads that a saver may touch: all that belong to no tenant, or one tenant's.

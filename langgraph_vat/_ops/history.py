@@ -12,19 +12,23 @@ from typing import Any
 import orjson
 from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory, writes_sort_key
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from psycopg.sql import SQL
 
 from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.blind import page_by_tokens
 from langgraph_vat._durable.rows import to_snapshot
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.protocols import Backend, HotTierError, Row
+from langgraph_vat._ops.address import tenant_of
 from langgraph_vat._ops.flush import flush, overdue
 from langgraph_vat._ops.hot import read_head
-from langgraph_vat._ops.shared import Known, Shared
+from langgraph_vat._ops.shared import Known, Shared, open_tokens, tokens
 from langgraph_vat._ops.threads import find, find_all
 from langgraph_vat._ops.tiers import degrade, hot_to_read
 from langgraph_vat._ops.values import READABLE_METADATA, Unpacker, to_tuple
 from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Snapshot, Write
+from langgraph_vat._seal.blind_index import BLIND
 from langgraph_vat._seal.codec import Codec, SealedCodec
 from langgraph_vat.errors import SealError
 
@@ -111,9 +115,7 @@ async def page(
     if cursor is None:
         await flush_waiting(shared, backend, listing.thread_id)
     size = _PAGE if most is None else max(1, min(most, _PAGE))
-    statement = sql.SELECT_PAGE if listing.has_values else sql.SELECT_LIGHT_PAGE
-    params = _page_params(shared, listing, cursor, size)
-    rows = await backend.durable.fetch(statement, params, plan_anew=True)
+    rows = await _page_rows(shared, backend, listing, cursor, size)
     if listing.thread_id is None:
         threads = await find_all(shared, backend, {row[0] for row in rows})
     else:
@@ -133,6 +135,28 @@ async def page(
         return found, None
     thread_id, namespace, checkpoint_id = rows[-1][:3]
     return found, (checkpoint_id, thread_id, namespace)
+
+
+async def _page_rows(
+    shared: Shared, backend: Backend, listing: Listing, cursor: Cursor | None, size: int
+) -> list[Row]:
+    """Return the rows of one page; more than match, where SQL cannot tell."""
+    params = _page_params(shared, listing, cursor, size)
+    tenant = tenant_of(listing.prefix) if listing.is_scoped else ""
+    await open_tokens(shared, backend)
+    asked = [field for field in shared.filterable if field in listing.filter]
+    wanted = {k: v for k, v in tokens(shared, tenant, listing.filter, asked).items() if v}
+    if wanted:
+        fields = list(wanted)
+        selected = SQL(sql.SNAPSHOT if listing.has_values else sql.LIGHT_SNAPSHOT)
+        visible = orjson.loads(params.pop("filter"))
+        for number in range(len(fields) + 1):
+            some = {field: wanted[field] for field in fields[:number]}
+            given = visible | ({BLIND: some} if some else {})
+            params[f"filter_{number}"] = orjson.dumps(given).decode()
+        return await backend.durable.fetch(page_by_tokens(selected, fields), params, plan_anew=True)
+    statement = sql.SELECT_PAGE if listing.has_values else sql.SELECT_LIGHT_PAGE
+    return await backend.durable.fetch(statement, params, plan_anew=True)
 
 
 def _page_params(

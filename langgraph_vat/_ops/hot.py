@@ -21,9 +21,9 @@ copies; in Postgres as well when a flush is due, and at once when
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
@@ -45,9 +45,10 @@ from langgraph_vat._hot.entries import (
     writes_pairs,
 )
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError
+from langgraph_vat._ops.address import tenant_of
 from langgraph_vat._ops.flush import commit, flush
 from langgraph_vat._ops.patches import to_send
-from langgraph_vat._ops.shared import Known, Shared, now
+from langgraph_vat._ops.shared import Known, Shared, now, open_tokens, tokens
 from langgraph_vat._ops.threads import fill, find, select_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
@@ -114,6 +115,8 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
     _warn_of_clock(shared, new)
     await _make_room(shared, backend, new.thread_id)
     known = await _known_to_put(shared, backend, new)
+    await open_tokens(shared, backend)
+    metadata = cast("Mapping[str, Any]", new.metadata)
     mode, opened, is_patched = "delta", 0, True
     for _ in range(_ROUNDS):
         codec = known.codec(serde, new.thread_id)
@@ -127,6 +130,7 @@ async def put(shared: Shared, backend: Backend, serde: SerializerProtocol, new: 
             new_versions=new.new_versions,
             is_whole=mode != "delta",
             shown_keys=shared.settings.thread_metadata,
+            tokens=tokens(shared, tenant_of(new.thread_id), metadata),
         )
         call = _put_call(codec, entry, mode, is_patched=is_patched)
         answer, detail = await _send(shared, backend, new.thread_id, entry, call)

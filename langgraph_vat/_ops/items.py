@@ -36,11 +36,12 @@ from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
 from langgraph_vat._ops import search
-from langgraph_vat._ops.keys import OpenedKeys, unwrap_key, wrap_key
+from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key, wrap_key
 from langgraph_vat._ops.search import VectorIndex, is_paths
 from langgraph_vat._ops.shared import SHREDDED, now
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.blind_index import BLIND, IndexKey
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError
@@ -67,10 +68,14 @@ class Items:
     index: VectorIndex | None
     keyring: KeyWrapper | None
     serde: SerializerProtocol
+    filterable: Sequence[str] = ()
+    """Fields that have tokens."""
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
     opened_at: dict[str, float] = field(default_factory=dict)
     opened: OpenedKeys = field(default_factory=OpenedKeys)
+    index_key: IndexKey | None = None
+    """The key of the tokens, once it was needed."""
 
 
 @dataclass(slots=True)
@@ -238,10 +243,27 @@ async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
     if items.index is not None:
         await _embed(items.index, backend, plan)
     if items.keyring is not None:
+        await open_tokens(items, backend)
         kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
         for root in {op.namespace[0] for op in kept}:
             await _add_key(items, backend, root)
     return plan
+
+
+async def open_tokens(items: Items, backend: Backend) -> None:
+    """Have the key of the tokens, if there are any."""
+    if items.keyring is not None and items.filterable and items.index_key is None:
+        statements = sql.SELECT_INDEX_KEY, sql.ADD_INDEX_KEY
+        items.index_key = await open_index_key(
+            backend, items.keyring, statements, associated_data("index key", "store")
+        )
+
+
+def tokens(items: Items, root: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stands in the readable part of a sealed item: its tokens, if it has any."""
+    if items.index_key is None:
+        return {}
+    return {BLIND: items.index_key.tokens(value, items.filterable, "item", root)}
 
 
 def key_place(root: str) -> bytes:
@@ -369,7 +391,7 @@ def _encode(
     value = dict(op.value or {})
     if items.keyring is None and is_plain(value):
         return orjson.dumps(value).decode(), None, None
-    shown = {}
+    shown = tokens(items, _root(place[0]), value)
     if items.keyring is None:
         shown = {k: v if is_plain(v) else _HIDDEN for k, v in value.items() if is_plain(k)}
         shown = {k: v for k, v in shown.items() if isinstance(k, str)}
@@ -428,9 +450,11 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
         return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
 
     needs_opening = items.keyring is not None or not is_plain(op.filter or {})
-    query = search.prepare(
-        op, index, plan.queries.get(op.query or ""), matching if needs_opening else None
-    )
+    vector = plan.queries.get(op.query or "")
+    if needs_opening:
+        query = search.prepare(op, index, vector, matching, _wanted_tokens(items, op))
+    else:
+        query = search.prepare(op, index, vector)
     rows = await search.run(session, query)
     await _open_rows(items, session, rows)
     rows = _not_shredded(items, rows)
@@ -440,6 +464,20 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
         SearchItem(**_decode(items, row), score=index.score(row[-1]) if index else None)
         for row in rows
     ]
+
+
+def _wanted_tokens(items: Items, op: SearchOp) -> dict[str, str]:
+    """Return the tokens without which no item of one root matches; of several roots, none."""
+    if items.index_key is None or not op.namespace_prefix or not op.filter:
+        return {}
+    equal = {key: _equal_to(op.filter[key]) for key in items.filterable if key in op.filter}
+    found = items.index_key.tokens(equal, list(equal), "item", op.namespace_prefix[0])
+    return {key: token for key, token in found.items() if token}
+
+
+def _equal_to(condition: Any) -> Any:
+    """Return what a condition has a field be equal to; None if nothing."""
+    return condition.get("$eq") if isinstance(condition, Mapping) else condition
 
 
 def _not_shredded(items: Items, rows: list[Row]) -> list[Row]:

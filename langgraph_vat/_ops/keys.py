@@ -10,9 +10,11 @@ time, so a key that was replaced or destroyed is noticed as ever.
 import threading
 from collections import OrderedDict
 from functools import partial
+from typing import LiteralString
 
 from langgraph_vat._io.forks import renew_after_fork
-from langgraph_vat._io.protocols import Runner
+from langgraph_vat._io.protocols import Backend, Runner
+from langgraph_vat._seal.blind_index import IndexKey
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.keyring import Keyring, KeyWrapper
 
@@ -73,3 +75,32 @@ async def wrap_key(runner: Runner, keyring: KeyWrapper, data_key: DataKey, place
     """
     work = partial(data_key.wrap, keyring, associated_data=place)
     return work() if isinstance(keyring, Keyring) else await runner.run(work)
+
+
+async def open_index_key(
+    backend: Backend,
+    keyring: KeyWrapper,
+    statements: tuple[LiteralString, LiteralString],
+    place: bytes,
+) -> IndexKey:
+    """
+    Return the key of the blind indexes; one that is new is committed before it is used.
+
+    Args:
+        backend: Where to ask.
+        keyring: Wraps it.
+        statements: How it is selected; and added, unless somebody did, and returned.
+        place: What it is bound to.
+
+    Raises:
+        SealError: It does not open here.
+        UnavailableError: Postgres, or whoever wraps keys, does not answer.
+    """
+    select, add = statements
+    rows = await backend.durable.fetch(select)
+    if not rows:
+        work = partial(IndexKey.generate().wrap, keyring, associated_data=place)
+        wrapped = work() if isinstance(keyring, Keyring) else await backend.run(work)
+        rows = await backend.durable.fetch(add, {"index_key": wrapped})
+    opening = partial(IndexKey.unwrap, rows[0][0], keyring, associated_data=place)
+    return opening() if isinstance(keyring, Keyring) else await backend.run(opening)

@@ -19,11 +19,23 @@ from contextlib import suppress
 from math import inf
 from typing import Any, LiteralString, NamedTuple
 
+import orjson
+from langgraph.checkpoint.serde.base import SerializerProtocol
+
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
+from langgraph_vat._ops.address import tenant_of
 from langgraph_vat._ops.keys import wrap_key
-from langgraph_vat._ops.shared import NO_SERDE, SHREDDED, Shared, key_place, known_in
+from langgraph_vat._ops.shared import (
+    NO_SERDE,
+    SHREDDED,
+    Shared,
+    key_place,
+    known_in,
+    open_tokens,
+    tokens,
+)
 from langgraph_vat._ops.threads import change_history, find
 from langgraph_vat._ops.values import blob_place
 from langgraph_vat._records import Fence, Resealed
@@ -58,12 +70,13 @@ def _exact_place(ns: str, checkpoint: str) -> tuple[str, ...]:
     return "metadata", ns, checkpoint
 
 
+_EXACTS = _Kind(sql.SEALED_EXACTS, sql.RESEAL_EXACTS, ("namespaces", "ids"), _exact_place)
 _KINDS = (
     _Kind(sql.SEALED_BLOBS, sql.RESEAL_BLOBS, ("namespaces", "channels", "versions"), blob_place),
     _Kind(
         sql.SEALED_WRITES, sql.RESEAL_WRITES, ("namespaces", "ids", "tasks", "idxs"), _write_place
     ),
-    _Kind(sql.SEALED_EXACTS, sql.RESEAL_EXACTS, ("namespaces", "ids"), _exact_place),
+    _EXACTS,
 )
 
 
@@ -121,14 +134,21 @@ def is_due(data_key: DataKey) -> bool:
     return data_key.has_older and data_key.made_at <= time.time() - KEPT_S
 
 
-async def reseal(shared: Shared, backend: Backend, *, prefix: str, max_age_s: float) -> Resealed:
-    """Reseal the threads whose stored ids begin with `prefix`, and whose data key is so old."""
+async def reseal(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, *, prefix: str, max_age_s: float
+) -> Resealed:
+    """
+    Reseal the threads whose stored ids begin with `prefix`, and whose data key is so old.
+
+    Metadata gets the tokens that it should have; `serde` made it.
+    """
+    await open_tokens(shared, backend)
     after, done, size = "", Resealed(0, 0, 0, 0), _PAGE
     while size == _PAGE:
         params = {"after": after, "prefix": prefix, "limit": _PAGE}
         rows = await backend.durable.fetch(sql.SEALED_THREADS, params)
         for (after,) in rows:
-            one = await _reseal_one(shared, backend, after, max_age_s)
+            one = await _reseal_one(shared, backend, serde, after, max_age_s)
             done = Resealed(*map(sum, zip(done, one, strict=True)))
         size = len(rows)
     if done.left:
@@ -137,7 +157,7 @@ async def reseal(shared: Shared, backend: Backend, *, prefix: str, max_age_s: fl
 
 
 async def _reseal_one(
-    shared: Shared, backend: Backend, thread_id: str, max_age_s: float
+    shared: Shared, backend: Backend, serde: SerializerProtocol, thread_id: str, max_age_s: float
 ) -> Resealed:
     try:
         known = await find(shared, backend, thread_id, create=False)
@@ -150,7 +170,7 @@ async def _reseal_one(
         return Resealed(0, 0, 0, 0)
     if is_old:
         await _renew(shared, backend, thread_id, known.data_key.header)
-    values, left = await _seal_pages(shared, backend, thread_id)
+    values, left = await _seal_pages(shared, backend, serde, thread_id)
     is_dropped = not is_old and is_due(known.data_key) and await _drop(shared, backend, thread_id)
     return Resealed(int(is_old), values, int(not is_dropped), left)
 
@@ -178,7 +198,9 @@ async def _set_key(
     await session.execute(sql.SET_DATA_KEY, {"thread": thread_id, "data_key": wrapped})
 
 
-async def _seal_pages(shared: Shared, backend: Backend, thread_id: str) -> tuple[int, int]:
+async def _seal_pages(
+    shared: Shared, backend: Backend, serde: SerializerProtocol, thread_id: str
+) -> tuple[int, int]:
     """Seal what another key sealed anew, a page at a time; return how much, and what is left."""
     values = left = 0
     for kind in _KINDS:
@@ -186,7 +208,7 @@ async def _seal_pages(shared: Shared, backend: Backend, thread_id: str) -> tuple
         while size == _MOST_ROWS:
 
             async def body(session: Session, kind: _Kind = kind, skipped: int = skipped) -> Any:
-                return await _seal_page(shared, session, thread_id, kind, skipped)
+                return await _seal_page(shared, session, serde, thread_id, kind, skipped)
 
             size, stored = await backend.durable.transact(body)
             values, skipped = values + stored, skipped + size - stored
@@ -195,7 +217,12 @@ async def _seal_pages(shared: Shared, backend: Backend, thread_id: str) -> tuple
 
 
 async def _seal_page(
-    shared: Shared, session: Session, thread_id: str, kind: _Kind, skipped: int
+    shared: Shared,
+    session: Session,
+    serde: SerializerProtocol,
+    thread_id: str,
+    kind: _Kind,
+    skipped: int,
 ) -> tuple[int, int]:
     rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
     known = await known_in(shared, session, thread_id, Fence(*rows[0][1:3])) if rows else None
@@ -212,7 +239,24 @@ async def _seal_page(
         except SealError:
             continue
     await _store(session, thread_id, kind, new)
+    if kind is _EXACTS and shared.index_key is not None:
+        await _add_tokens(shared, session, thread_id, known.codec(serde, thread_id), new)
     return len(found), len(new)
+
+
+async def _add_tokens(
+    shared: Shared, session: Session, thread_id: str, codec: Codec, rows: list[tuple[Any, ...]]
+) -> None:
+    """Give metadata its tokens; what cannot be read here is found without."""
+    new = []
+    for ns, checkpoint_id, type_, exact in rows:
+        with suppress(Exception):  # a serializer may raise anything
+            metadata, _ = codec.load(type_, exact, *_exact_place(ns, checkpoint_id))
+            found = tokens(shared, tenant_of(thread_id), metadata)
+            new.append((ns, checkpoint_id, orjson.dumps(found).decode()))
+    if new:
+        params = {"thread": thread_id, **columns(new, "namespaces", "ids", "tokens")}
+        await session.execute(sql.ADD_TOKENS, params)
 
 
 async def _drop(shared: Shared, backend: Backend, thread_id: str) -> bool:
@@ -246,6 +290,8 @@ async def shred(shared: Shared, backend: Backend, thread_id: str) -> None:
         nonlocal is_shredded
         params = {"thread": thread_id, "data_key": SHREDDED}
         is_shredded = bool(await session.fetch(sql.SET_DATA_KEY, params))
+        if is_shredded:
+            await session.execute(sql.FORGET_TOKENS, {"thread": thread_id})
 
     if not await change_history(shared, backend, thread_id, body) or not is_shredded:
         raise InvalidInputError(

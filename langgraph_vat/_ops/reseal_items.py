@@ -7,16 +7,21 @@ nobody seals with it.
 """
 
 import time
+from contextlib import suppress
 from typing import Any
+
+import orjson
 
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Session
-from langgraph_vat._ops.items import Items, key_place
+from langgraph_vat._ops.items import Items, key_place, open_tokens, tokens
 from langgraph_vat._ops.keys import unwrap_key, wrap_key
 from langgraph_vat._ops.reseal import is_due
 from langgraph_vat._ops.shared import SHREDDED
 from langgraph_vat._records import Resealed
+from langgraph_vat._seal.blind_index import BLIND
+from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import InvalidInputError, SealError
 from langgraph_vat.serde import codec_for
@@ -28,6 +33,7 @@ _MOST_ROWS = 64
 
 async def reseal_roots(items: Items, backend: Backend, max_age_s: float) -> Resealed:
     """Reseal the roots whose data key is so old."""
+    await open_tokens(items, backend)
     after, done, size = "", Resealed(0, 0, 0, 0), _PAGE
     while size == _PAGE:
         params = {"after": after, "limit": _PAGE}
@@ -106,7 +112,21 @@ async def _seal_page(items: Items, session: Session, root: str, skipped: int) ->
         new.append((prefix, key, *codec.seal(*opened, prefix, key)))
     if new:
         await session.execute(sql.RESEAL_ITEMS, columns(new, "prefixes", "keys", "types", "exacts"))
+        await _add_tokens(items, session, root, codec, new)
     return len(rows), len(new)
+
+
+async def _add_tokens(
+    items: Items, session: Session, root: str, codec: Codec, rows: list[tuple[Any, ...]]
+) -> None:
+    """Give items their tokens; what cannot be read here is found without."""
+    new = []
+    for prefix, key, type_, exact in rows if items.index_key is not None else ():
+        with suppress(Exception):  # a serializer may raise anything
+            found = tokens(items, root, codec.load(type_, exact, prefix, key))[BLIND]
+            new.append((prefix, key, orjson.dumps(found).decode()))
+    if new:
+        await session.execute(sql.ADD_TOKENS, columns(new, "prefixes", "keys", "tokens"))
 
 
 async def _drop(items: Items, backend: Backend, root: str) -> bool:
@@ -132,7 +152,14 @@ async def shred_root(items: Items, backend: Backend, root: str) -> None:
     Raises:
         InvalidInputError: It has none.
     """
-    if not await backend.durable.fetch(sql.SET_KEY, {"root": root, "data_key": SHREDDED}):
+
+    async def body(session: Session) -> bool:
+        if not root or not await session.fetch(sql.SET_KEY, {"root": root, "data_key": SHREDDED}):
+            return False
+        await session.execute(sql.FORGET_TOKENS, {"root": root})
+        return True
+
+    if not await backend.durable.transact(body):
         raise InvalidInputError(
             f"no sealed item was ever put under {root!r}, or it was shredded; nothing was changed"
         )

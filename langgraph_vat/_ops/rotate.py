@@ -27,22 +27,41 @@ _FEW = 8
 
 
 async def rotate_threads(durable: Durable, keyring: KeyWrapper, prefix: str) -> Rotated:
-    """Wrap the data keys of threads anew whose stored ids begin with `prefix`."""
+    """
+    Wrap the data keys of threads anew whose stored ids begin with `prefix`.
+
+    Of all threads, the key of the blind indexes, too.
+    """
 
     def bound(thread_id: str, generation: str) -> bytes:
         return associated_data("data key", "checkpoint", thread_id, generation)
 
     statements = checkpoints.SELECT_DATA_KEYS, checkpoints.REPLACE_DATA_KEYS
-    return await _rotate(durable, keyring, {"prefix": prefix}, statements, bound)
+    done = await _rotate(durable, keyring, {"prefix": prefix}, statements, bound)
+    if prefix:
+        return done
+    statements = checkpoints.LOCK_INDEX_KEY, checkpoints.REPLACE_INDEX_KEY
+    return _sum(done, await _rotate(durable, keyring, {}, statements, _index_key("checkpoint")))
 
 
 async def rotate_roots(durable: Durable, keyring: KeyWrapper) -> Rotated:
-    """Wrap the data keys of the store's roots anew."""
+    """Wrap the data keys of the store's roots anew, and the key of its blind indexes."""
 
     def bound(root: str) -> bytes:
         return associated_data("data key", "store", root)
 
-    return await _rotate(durable, keyring, {}, (items.SELECT_KEYS, items.REPLACE_KEYS), bound)
+    done = await _rotate(durable, keyring, {}, (items.SELECT_KEYS, items.REPLACE_KEYS), bound)
+    statements = items.LOCK_INDEX_KEY, items.REPLACE_KEYS
+    return _sum(done, await _rotate(durable, keyring, {}, statements, _index_key("store")))
+
+
+def _index_key(kind: str) -> Callable[..., bytes]:
+    """Return what gives the place of the key of the blind indexes, which has no other owner."""
+    return lambda _: associated_data("index key", kind)
+
+
+def _sum(one: Rotated, other: Rotated) -> Rotated:
+    return Rotated(one.rotated + other.rotated, one.left + other.left)
 
 
 async def _rotate(
@@ -67,7 +86,7 @@ async def _rotate(
             return rows, Rotated(len(new), left)
 
         rows, found = await durable.transact(body)
-        done = Rotated(done.rotated + found.rotated, done.left + found.left)
+        done = _sum(done, found)
         size, after = len(rows), rows[-1][0] if rows else after
     if done.left:
         logger.warning(

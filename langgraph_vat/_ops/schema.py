@@ -8,12 +8,13 @@ whose.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import LiteralString, TypeVar
 
 from psycopg import sql as composing
 
 from langgraph_vat._durable import schema as sql
+from langgraph_vat._durable.blind import checkpoint_indexes
 from langgraph_vat._io.protocols import Backend, Durable, LockTimeoutError, Session
 from langgraph_vat.errors import SchemaError
 
@@ -51,17 +52,24 @@ def _create_schema(schema: str) -> composing.Composed:
     return composing.SQL(sql.CREATE_SCHEMA).format(text=composing.Literal(schema), name=name)
 
 
-async def setup_checkpoints(backend: Backend) -> None:
+async def setup_checkpoints(backend: Backend, filterable: Collection[str]) -> None:
     """
     Bring the checkpoint tables up to date, and back to what they should be.
+
+    Args:
+        backend: The tiers.
+        filterable: Fields of metadata that have tokens where it is sealed.
 
     Raises:
         SchemaError: The schema is newer than this package, the role may not
             change it, or another session holds its tables.
     """
-    if await _is_current(backend.durable):
-        return
+    if not await _is_current(backend.durable):
+        await _setup_checkpoints(backend)
+    await add_indexes(backend, checkpoint_indexes(filterable), sql.BLOCKERS)
 
+
+async def _setup_checkpoints(backend: Backend) -> None:
     async def body(session: Session) -> None:
         await session.execute(sql.LOCK)
         if await _is_current(session):
@@ -72,6 +80,33 @@ async def setup_checkpoints(backend: Backend) -> None:
                 await session.execute(statement)
 
     await migrate(backend, body, sql.BLOCKERS)
+
+
+async def add_indexes(
+    backend: Backend,
+    indexes: Sequence[tuple[str, composing.Composed]],
+    blockers: LiteralString,
+) -> None:
+    """Make those indexes that are not there, each given after its name."""
+
+    async def body(session: Session) -> None:
+        await session.execute(sql.LOCK)
+        for statement in missing:
+            await session.execute(statement)
+
+    if missing := await missing_indexes(backend, indexes):
+        await migrate(backend, body, blockers)
+
+
+async def missing_indexes(
+    backend: Backend, indexes: Sequence[tuple[str, composing.Composed]]
+) -> list[composing.Composed]:
+    """Return what makes those indexes that are not there, each given after its name."""
+    return [
+        statement
+        for name, statement in indexes
+        if not (await backend.durable.fetch(sql.HAS_INDEX, {"name": name}))[0][0]
+    ]
 
 
 async def _is_current(postgres: Durable | Session) -> bool:
@@ -111,14 +146,16 @@ async def damages(postgres: Durable | Session, tables: Mapping[str, str]) -> lis
     return found
 
 
-def ddl(schema: str | None, *, concurrently: bool) -> str:
+def ddl(schema: str | None, filterable: Collection[str], *, concurrently: bool) -> str:
     """Return what `setup_checkpoints` would run on a new or an older database, as a script."""
     statements = [statement for migration in sql.MIGRATIONS for statement in migration]
+    later = [statement for _, statement in checkpoint_indexes(filterable)]
     if not concurrently:
-        return script(schema, [composing.SQL(statement) for statement in statements])
+        return script(schema, [*map(composing.SQL, statements), *later])
     first = [composing.SQL(one) for one in statements if one not in sql.INDEXES]
     path = "" if schema is None else f'SET search_path TO "{schema}", public, extensions;\n'
-    indexes = (one.strip().replace("INDEX", "INDEX CONCURRENTLY", 1) for one in sql.INDEXES)
+    texts = [one.as_string(None) for one in (*map(composing.SQL, sql.INDEXES), *later)]
+    indexes = (one.strip().replace("INDEX", "INDEX CONCURRENTLY", 1) for one in texts)
     return script(schema, first) + path + "".join(f"{one};\n" for one in indexes)
 
 
@@ -133,7 +170,9 @@ def script(schema: str | None, statements: Sequence[composing.Composable]) -> st
     return "".join(f"{text};\n" for text in texts)
 
 
-async def check_checkpoints(backend: Backend, schema: str | None) -> list[str]:
+async def check_checkpoints(
+    backend: Backend, schema: str | None, filterable: Collection[str]
+) -> list[str]:
     """Return what the tables or the role lack; nothing if the saver can work."""
     if problems := await check_schema(backend, schema):
         return problems
@@ -146,7 +185,15 @@ async def check_checkpoints(backend: Backend, schema: str | None) -> list[str]:
         found.append(f"the schema is version {version}, and must be {sql.VERSION}: run setup()")
     if not await backend.durable.fetch(sql.HAS_STATE):
         found.append("table vat_state has lost its row: run setup(), or what ddl() prints")
-    return found
+    return found + await slow(backend, "filterable_metadata", checkpoint_indexes(filterable))
+
+
+async def slow(
+    backend: Backend, setting: str, indexes: Sequence[tuple[str, composing.Composed]]
+) -> list[str]:
+    """Say that indexes are missing without which a setting has little use."""
+    missing = len(await missing_indexes(backend, indexes))
+    return [f"{missing} indexes of {setting} are missing: run setup()"] if missing else []
 
 
 async def check_schema(backend: Backend, schema: str | None) -> list[str]:

@@ -12,22 +12,26 @@ stop short, all are compared after all. The index may miss one of the nearest,
 so that page can differ by it from what the next one continues.
 
 Sealed values cannot be filtered in SQL. Their filter is applied to the opened
-values, in the same order, until the page is full.
+values, in the same order, until the page is full; where fields have tokens, to
+those alone that have the right ones.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeAlias, cast
 
+import orjson
 from langchain_core.embeddings import Embeddings
 from langgraph.store.base import IndexConfig, SearchOp
 from langgraph.store.base.embed import ensure_embeddings, get_text_at_path, tokenize_path
 from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
+from langgraph_vat._durable.blind import item_condition
 from langgraph_vat._durable.filters import to_sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
+from langgraph_vat._seal.blind_index import BLIND
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
 Matching: TypeAlias = Callable[[list[Row]], Awaitable[list[Row]]]
@@ -207,15 +211,20 @@ def prepare(
     op: SearchOp,
     index: VectorIndex | None,
     vector: str | None,
-    matching: Matching | None,
+    matching: Matching | None = None,
+    tokens: Mapping[str, str] | None = None,
 ) -> Query:
-    """Plan a search; `matching` is given where values are sealed."""
+    """Plan a search; `matching` is given where values are sealed, with the tokens they need."""
     condition = composing.Composed([composing.SQL("true")])
     params: dict[str, Any] = {}
     if op.filter:
         in_sql = to_sql(op.filter) if matching is None else None
         if in_sql is not None:
             condition, params = in_sql
+    if tokens:
+        condition = item_condition(tokens)
+        wanted = [orjson.dumps({BLIND: {key: token}}).decode() for key, token in tokens.items()]
+        params = {f"blind_{number}": one for number, one in enumerate(wanted)}
     params |= {"prefix": ".".join(op.namespace_prefix), "query": vector}
     return Query(op, index, vector, condition, params, matching if op.filter else None)
 

@@ -8,8 +8,9 @@ await, and everything can be lost: it is read again from Postgres.
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -19,10 +20,11 @@ from langgraph_vat._hot.bases import Bases
 from langgraph_vat._hot.copies import Copies
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.forks import renew_after_fork
-from langgraph_vat._io.protocols import Runner, Session
-from langgraph_vat._ops.keys import OpenedKeys, unwrap_key
+from langgraph_vat._io.protocols import Backend, Runner, Session
+from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key
 from langgraph_vat._records import Fence
 from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.blind_index import IndexKey, Tokens
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import SealError, ShreddedError, UnavailableError
@@ -134,6 +136,8 @@ class Shared:
     bases: Bases = field(default_factory=Bases)
     threads: KnownThreads = field(default_factory=KnownThreads)
     opened: OpenedKeys = field(default_factory=OpenedKeys)
+    index_key: IndexKey | None = None
+    """The key of the tokens of metadata, once it was needed."""
     counters: Counters = field(default_factory=Counters)
     state: State = field(default_factory=State)
     quarantine: dict[str, Exception] = field(default_factory=dict)
@@ -157,6 +161,11 @@ class Shared:
         return 1 if must_be_durable else self.settings.flush_every
 
     @property
+    def filterable(self) -> Sequence[str]:
+        """Fields of metadata that have tokens."""
+        return self.settings.filterable_metadata if self.keyring is not None else ()
+
+    @property
     def is_degraded(self) -> bool:
         """Whether some process is, or was just now, cut off from Redis."""
         return self.state.is_degraded
@@ -177,6 +186,30 @@ async def recount(shared: Shared, session: Session, thread_id: str) -> None:
 def key_place(thread_id: str, generation: str) -> bytes:
     """Return what a thread's data key is bound to."""
     return associated_data("data key", "checkpoint", thread_id, generation)
+
+
+async def open_tokens(shared: Shared, backend: Backend) -> None:
+    """
+    Have the key of the tokens, if metadata has any.
+
+    Raises:
+        SealError: It does not open.
+        UnavailableError: Postgres, or whoever wraps keys, does not answer.
+    """
+    if shared.keyring is not None and shared.filterable and shared.index_key is None:
+        statements = sql.SELECT_INDEX_KEY, sql.ADD_INDEX_KEY
+        place = associated_data("index key", "checkpoint")
+        shared.index_key = await open_index_key(backend, shared.keyring, statements, place)
+
+
+def tokens(
+    shared: Shared, tenant: str, metadata: Mapping[Any, Any], fields: Collection[str] | None = None
+) -> Tokens:
+    """Return the tokens of metadata, of these fields or of all; none before `open_tokens`."""
+    if shared.index_key is None:
+        return {}
+    wanted = shared.filterable if fields is None else fields
+    return shared.index_key.tokens(metadata, wanted, "checkpoint", tenant)
 
 
 async def known_in(shared: Shared, session: Session, thread_id: str, fence: Fence) -> Known | None:

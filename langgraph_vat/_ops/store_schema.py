@@ -1,20 +1,34 @@
 """Create or migrate the store's tables, in one locked transaction, and only if needed."""
 
 import re
+from collections.abc import Collection
 
 import psycopg
 from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable import schema
+from langgraph_vat._durable.blind import item_indexes
 from langgraph_vat._io.protocols import Backend, Session
-from langgraph_vat._ops.schema import check_schema, damages, migrate, script, unusable
+from langgraph_vat._ops.schema import (
+    add_indexes,
+    check_schema,
+    damages,
+    migrate,
+    script,
+    slow,
+    unusable,
+)
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat.errors import ConfigurationError, SchemaError
 
 
 async def setup_items(
-    backend: Backend, index: VectorIndex | None, *, create_extension: bool
+    backend: Backend,
+    index: VectorIndex | None,
+    filterable: Collection[str],
+    *,
+    create_extension: bool,
 ) -> None:
     """
     Bring the store's tables up to date, and check that they fit the index.
@@ -35,26 +49,42 @@ async def setup_items(
                 await _create_vectors(session, index, create_extension=create_extension)
 
         await migrate(backend, body, sql.BLOCKERS)
+    await add_indexes(backend, item_indexes(filterable), sql.BLOCKERS)
     if index is not None and (problem := await _other_dims(backend, index)):
         raise ConfigurationError(f"{problem}. Nothing was written.")
 
 
-def ddl(schema: str | None, index: VectorIndex | None, *, create_extension: bool) -> str:
+def ddl(
+    schema: str | None,
+    index: VectorIndex | None,
+    filterable: Collection[str],
+    *,
+    create_extension: bool,
+) -> str:
     """Return what `setup_items` would run on a new or an older database, as a script."""
     statements: list[composing.Composable] = [composing.SQL(statement) for statement in sql.SCHEMA]
     if index is not None:
         if create_extension:
             statements.append(composing.SQL(sql.CREATE_EXTENSION))
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
+    statements += [statement for _, statement in item_indexes(filterable)]
     return script(schema, statements)
 
 
-async def check_items(backend: Backend, schema: str | None, index: VectorIndex | None) -> list[str]:
+async def check_items(
+    backend: Backend, schema: str | None, index: VectorIndex | None, filterable: Collection[str]
+) -> list[str]:
     """Return what the tables or the role lack; nothing if the store can work."""
     if problems := await check_schema(backend, schema):
         return problems
     if index is None:
-        return await damages(backend.durable, sql.TABLES) + await unusable(backend, [*sql.TABLES])
+        found = await damages(backend.durable, sql.TABLES) + await unusable(backend, [*sql.TABLES])
+    else:
+        found = await _check_vectors(backend, index)
+    return found or await slow(backend, "filterable_fields", item_indexes(filterable))
+
+
+async def _check_vectors(backend: Backend, index: VectorIndex) -> list[str]:
     found = []
     place = await backend.durable.fetch(sql.FIND_EXTENSION)
     if not place:

@@ -28,6 +28,7 @@ from langgraph.checkpoint.serde.types import TASKS
 from langgraph_vat._durable.packing import damaged, is_packed, is_patch, unpack
 from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
+from langgraph_vat._seal.blind_index import BLIND, Tokens
 from langgraph_vat._seal.codec import Codec, SealedCodec
 from langgraph_vat.errors import InvalidInputError, SealError, TypeNotAllowedError
 
@@ -47,11 +48,13 @@ def encode_core(
     codec: Codec,
     place: Sequence[str],
     shown_keys: Collection[str],
+    tokens: Tokens | None = None,
 ) -> Core:
     """
     Split a checkpoint and its metadata into what stays readable and what is kept exact.
 
-    Of sealed metadata LangGraph's bookkeeping stays readable, and `shown_keys`.
+    Of sealed metadata LangGraph's bookkeeping stays readable, and `shown_keys`; its `tokens`
+    stand beside them.
     """
     is_sealed = isinstance(codec, SealedCodec)
     shown = {
@@ -60,6 +63,8 @@ def encode_core(
         if (not is_sealed or key in READABLE_METADATA or key in shown_keys)
         and _is_plain(key, value)
     }
+    if is_sealed and tokens:
+        shown[BLIND] = tokens
     hidden = {
         key: value
         for key, value in checkpoint.items()
@@ -122,6 +127,7 @@ def encode_put(
     new_versions: ChannelVersions,
     is_whole: bool,
     shown_keys: Collection[str] = (),
+    tokens: Tokens | None = None,
 ) -> PutEntry:
     """
     Encode one put: the new versions' values, or the values of all channels.
@@ -140,7 +146,12 @@ def encode_put(
         parent_id=parent_id,
         run_id=str(metadata.get("run_id", "")),
         core=encode_core(
-            checkpoint, cast("Any", metadata), codec, (checkpoint_ns, checkpoint["id"]), shown_keys
+            checkpoint,
+            cast("Any", metadata),
+            codec,
+            (checkpoint_ns, checkpoint["id"]),
+            shown_keys,
+            tokens,
         ),
         blobs=tuple(
             encode_blob(codec, checkpoint_ns, channel, versions[channel], values)
