@@ -27,7 +27,7 @@ from langgraph_vat import (
 from langgraph_vat._io.driver import drive
 from langgraph_vat._ops import items as item_ops
 from langgraph_vat._ops import reseal as resealing
-from langgraph_vat._ops.shared import key_place
+from langgraph_vat._ops.shared import NO_SERDE, key_place
 from langgraph_vat._seal.data_key import DataKey
 from tests.test_protocol import Death, Faulty
 
@@ -243,7 +243,7 @@ def test_killed_anywhere_it_leaves_all_readable(process, postgres_url, a_day_lat
             worker = process()
             faulty = Faulty(worker._life.blocking(), dies_at, after=after)
             try:
-                drive(resealing.reseal(worker._shared, faulty, prefix="", max_age_s=0.0))
+                drive(resealing.reseal(worker._shared, faulty, NO_SERDE, prefix="", max_age_s=0.0))
             except Death:
                 deaths += 1
             else:
