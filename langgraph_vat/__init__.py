@@ -1,5 +1,6 @@
 """Checkpointer and store for LangGraph: hot, durable, remembered, sealed."""
 
+from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import (
     ConfigurationError,
     ConflictError,
@@ -14,11 +15,12 @@ from langgraph_vat.errors import (
     TypeNotAllowedError,
     UnavailableError,
     UnknownKeyError,
+    UnreadableError,
     VatError,
 )
 from langgraph_vat.keyring import Keyring, KeyWrapper
 from langgraph_vat.saver import HybridSaver
-from langgraph_vat.serde import EncryptedSerializer, StrictSerializer
+from langgraph_vat.serde import EncryptedSerializer
 from langgraph_vat.settings import Retention, Settings
 from langgraph_vat.store import SemanticStore
 from langgraph_vat.vat import Vat
@@ -45,6 +47,7 @@ __all__ = [
     "TypeNotAllowedError",
     "UnavailableError",
     "UnknownKeyError",
+    "UnreadableError",
     "Vat",
     "VatError",
 ]

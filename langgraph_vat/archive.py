@@ -56,9 +56,10 @@ from langgraph_vat._durable.packing import is_patch, line_position, pack, unpack
 from langgraph_vat._ops.values import address, next_version
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import ConfigurationError, InvalidInputError, SealError, UnavailableError
 from langgraph_vat.keyring import KeyWrapper
-from langgraph_vat.serde import StrictSerializer, codec_for, sealing
+from langgraph_vat.serde import codec_for, sealing
 
 _FORMAT = 1
 _BEGIN = b'{"archive":'

@@ -28,6 +28,14 @@ class TypeNotAllowedError(InvalidInputError):
     """
 
 
+class UnreadableError(VatError):
+    """
+    A stored value cannot be made again: its bytes are damaged, or its class is another one now.
+
+    Nothing was changed. Only this value is concerned.
+    """
+
+
 class UnavailableError(VatError):
     """
     A backend did not answer.

@@ -48,9 +48,10 @@ from langgraph_vat._ops.schema import (
 from langgraph_vat._ops.shared import Counters
 from langgraph_vat._ops.tiers import enable_hot, refresh, require_hot
 from langgraph_vat._ops.values import address, next_version, to_tuple
+from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import InvalidInputError
 from langgraph_vat.keyring import KeyWrapper
-from langgraph_vat.serde import EncryptedSerializer, StrictSerializer, sealing
+from langgraph_vat.serde import EncryptedSerializer, sealing
 from langgraph_vat.settings import Settings
 from langgraph_vat.threads import Threads
 

@@ -1,5 +1,5 @@
 """
-The serializers: which types are made again from what is stored, and encryption for any saver.
+Encryption for any saver, and which serializer and keyring a saver of ours uses.
 
 In a saver of ours every value is bound to its place and sealed under its
 thread's own key. Another saver tells a serializer nothing about places: there
@@ -13,14 +13,11 @@ with it: the keyring is asked once, not once a message.
 """
 
 import copy
-import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import lru_cache
-from types import NoneType
 from typing import Any, Self
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.event_hooks import SerdeEvent, register_serde_event_listener
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat._seal.associated_data import associated_data
@@ -32,111 +29,13 @@ from langgraph_vat._seal.codec import (
     refuse_unsealed,
 )
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import ConfigurationError, TypeNotAllowedError
+from langgraph_vat._seal.strict import StrictSerializer
+from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import KeyWrapper
 
 _WRAPPED_FOR = associated_data("data key", "serializer")
 # Data keys of other processes' serializers that one keeps open.
 _MOST_OPENED = 1024
-_TAGS = frozenset(("null", "bytes", "bytearray", "json", "msgpack"))
-_MOST_PROVEN = 1024
-# What the serializer knows without naming a class.
-_PLAIN = frozenset((NoneType, bool, int, float, str, bytes, bytearray, list, tuple, dict))
-
-
-class StrictSerializer(JsonPlusSerializer):
-    """
-    LangGraph's serializer, which makes no object again but of types that are allowed.
-
-    Those are the ones that LangGraph takes for safe (messages, dates, sets, `Send`, …),
-    those of `allow`, and, with ``LANGGRAPH_STRICT_MSGPACK=true``, those that a compiled
-    graph's schemas name. Another one is an error: when it is first written, if it is a value or
-    stands directly in a list or dict, else when it is read. Nothing is ever pickled.
-
-    Args:
-        allow: Classes; or pairs of module and name.
-
-    Raises:
-        ConfigurationError: One is neither.
-    """
-
-    def __init__(self, allow: Iterable[type | tuple[str, str]] = ()) -> None:
-        allowed = list(allow)
-        for one in allowed:
-            is_pair = isinstance(one, tuple) and [type(part) for part in one] == [str, str]
-            if not (isinstance(one, type) or is_pair):
-                msg = f"allow must hold classes, or pairs of module and name; not {one!r:.100}"
-                raise ConfigurationError(msg)
-        super().__init__(allowed_msgpack_modules=allowed or None)
-        self._proven: frozenset[type] = _PLAIN
-
-    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
-        """
-        Serialize.
-
-        Raises:
-            TypeNotAllowedError: It could not be read again.
-        """
-        typed = super().dumps_typed(obj)
-        if new := _types(obj) - self._proven:
-            self.loads_typed(typed)
-            # Some make a class for each value: those are let go of again.
-            self._proven = (self._proven if len(self._proven) < _MOST_PROVEN else _PLAIN) | new
-        return typed
-
-    def loads_typed(self, data: tuple[str, bytes]) -> Any:
-        """
-        Deserialize what `dumps_typed` returned.
-
-        Raises:
-            TypeNotAllowedError: It holds a type that is not allowed.
-        """
-        if data[0] not in _TAGS:
-            raise TypeNotAllowedError(
-                f"a stored value has the type tag {data[0]!r:.40}: it was pickled, encrypted or"
-                " written by another serializer, and was not loaded. Pass serde= the one that wrote"
-                " it, if you trust whoever writes to the database."
-            )
-        blocked: list[tuple[str, str]] = []
-        _blocked.types = blocked
-        try:
-            value = super().loads_typed(data)
-        finally:
-            _blocked.types = None
-        if blocked:
-            raise _not_allowed(*blocked[0])
-        return value
-
-
-def _types(obj: Any) -> set[type]:
-    """Return the type of a value, and of what stands directly in it."""
-    kind = type(obj)
-    if kind is list or kind is tuple:
-        return {kind, *map(type, obj)}
-    if kind is dict:
-        return {kind, *map(type, obj.values())}
-    return {kind}
-
-
-# What LangGraph refuses it tells its listeners, and returns the raw data in its place.
-_blocked = threading.local()
-
-
-def _note_blocked(event: SerdeEvent) -> None:
-    types = getattr(_blocked, "types", None)
-    if types is not None and event["kind"] in ("msgpack_blocked", "msgpack_method_blocked"):
-        types.append((event["module"], event["name"]))
-
-
-register_serde_event_listener(_note_blocked)
-
-
-def _not_allowed(module: str, name: str) -> TypeNotAllowedError:
-    return TypeNotAllowedError(
-        f"type {name!r:.100} of module {module!r:.100} is not among those that may be made from"
-        " stored values, so it was neither written nor read. If it is yours, pass"
-        f" serde=StrictSerializer(allow=[({module!r:.100}, {name!r:.100})]), or the class itself."
-    )
 
 
 class EncryptedSerializer(SerializerProtocol):

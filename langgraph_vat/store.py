@@ -20,9 +20,10 @@ from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
 from langgraph_vat._records import Resealed, Rotated
+from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import KeyWrapper
-from langgraph_vat.serde import StrictSerializer, sealing
+from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
 
 
@@ -86,6 +87,7 @@ class SemanticStore(Managed, BaseStore):
         index: IndexConfig | None = None,
         ttl: TTLConfig | None = None,
         keyring: KeyWrapper | None = None,
+        serde: SerializerProtocol | None = None,
         **settings: Any,
     ) -> Self:
         """
@@ -96,7 +98,7 @@ class SemanticStore(Managed, BaseStore):
         """
         tuned = Settings.of(settings)
         connections = Connections(postgres, None, tuned, schema)
-        return cls(connections, index=index, ttl=ttl, keyring=keyring, settings=tuned)
+        return cls(connections, index=index, ttl=ttl, keyring=keyring, serde=serde, settings=tuned)
 
     def setup(self, *, create_extension: bool = True) -> None:
         """

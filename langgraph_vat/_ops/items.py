@@ -44,7 +44,7 @@ from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import BLIND, IndexKey
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError
+from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError, VatError
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
 
@@ -493,6 +493,14 @@ async def _refresh(session: Session, rows: Sequence[Row]) -> None:
 
 
 def _decode(items: Items, row: Row) -> dict[str, Any]:
+    try:
+        return _decoded(items, row)
+    except VatError as error:
+        error.add_note(f"This is of item {row[1]!r} of namespace {row[0]!r}.")
+        raise
+
+
+def _decoded(items: Items, row: Row) -> dict[str, Any]:
     prefix, key, value, type_, exact, created_at, updated_at = row[:7]
     if type_ is not None:
         value = _codec(items, prefix).load(type_, exact, prefix, key)

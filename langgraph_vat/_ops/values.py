@@ -30,7 +30,7 @@ from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Core, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat._seal.blind_index import BLIND, Tokens
 from langgraph_vat._seal.codec import Codec, SealedCodec
-from langgraph_vat.errors import InvalidInputError, SealError, TypeNotAllowedError
+from langgraph_vat.errors import InvalidInputError, SealError, TypeNotAllowedError, VatError
 
 # What a sealed checkpoint still shows: LangGraph's own bookkeeping, without
 # which nothing could be listed, joined or pruned in SQL.
@@ -371,7 +371,23 @@ def with_sends(snapshot: Snapshot, codec: Codec) -> Snapshot:
 
 
 def to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTuple:
-    """Return what LangGraph reads, for the thread id by which the caller knows it."""
+    """
+    Return what LangGraph reads, for the thread id by which the caller knows it.
+
+    Raises:
+        VatError: A value cannot be read; its notes say where it stands.
+    """
+    try:
+        return _to_tuple(snapshot, codec, thread_id)
+    except VatError as error:
+        error.add_note(
+            f"This is of checkpoint {snapshot.checkpoint_id!r} of thread {thread_id!r}, namespace"
+            f" {snapshot.checkpoint_ns!r}."
+        )
+        raise
+
+
+def _to_tuple(snapshot: Snapshot, codec: Codec, thread_id: str) -> CheckpointTuple:
     refuse_plaintext(snapshot, codec)
     snapshot = with_sends(snapshot, codec)
     ns, checkpoint_id = snapshot.checkpoint_ns, snapshot.checkpoint_id

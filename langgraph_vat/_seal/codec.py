@@ -135,22 +135,24 @@ def _dump(serde: SerializerProtocol, value: Any) -> tuple[str, bytes]:
             " nothing was written. Keep it out of the state, or pass a serde= that can."
         ) from error
     if type_ == "msgpack" and b"?" in data and isinstance(serde, JsonPlusSerializer):
-        return _dump_surrogates(serde, value) or (type_, data)
+        return _dump_surrogates(value) or (type_, data)
     return type_, data
 
 
-def _dump_surrogates(serde: JsonPlusSerializer, value: Any) -> tuple[str, bytes] | None:
+def _dump_surrogates(value: Any) -> tuple[str, bytes] | None:
     """
     Return what gives a JSON value with lone surrogates back equal; None for any other value.
 
     JsonPlusSerializer writes "?" for them, in messages, too. Its older form,
-    which it still reads, can hold them.
+    which it still reads, can hold them; not a dict with a key "lc", for which it
+    looks there to make an object of it.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        typed = ("json", json.dumps(value).encode())
-        return typed if serde.loads_typed(typed) == value else None
+        text = json.dumps(value)
+        is_equal = '"lc"' not in text and json.loads(text) == value
+        return ("json", text.encode()) if is_equal else None
     except (TypeError, ValueError, RecursionError):
         pass  # not JSON
     return None
