@@ -131,8 +131,13 @@ def test_markers_are_nowhere_in_the_clear(own_directory, caplog, is_sealed):
     keyring = Keyring.generate() if is_sealed else None
     path = own_directory / "v"
     haystack = b""
-    with Vat.embedded(path, keyring=keyring, flush_every=3, flush_after=60.0) as vat:
+    found_by = {"filterable_metadata": ("note", "note2"), "filterable_fields": ("note",)}
+    with Vat.embedded(path, keyring=keyring, flush_every=3, flush_after=60.0, **found_by) as vat:
         _use_every_door(vat)
+        note = {"note": marker("store-value")}
+        assert [one.key for one in vat.store.search(("who",), filter=note)] == ["k"]
+        noted = vat.checkpointer.list(None, filter={"note2": marker("metadata")})
+        assert len(list(noted)) > 1
         haystack += _bytes_on_disk(path, vat)
         if not is_sealed:
             # Either server's files alone give it away: both are really searched.

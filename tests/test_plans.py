@@ -2,7 +2,7 @@
 What a question costs does not depend on how much else there is.
 
 Postgres says how many rows it looked at, on a thread with a long history and after
-ANALYZE, when its planner knows what it is about.
+VACUUM ANALYZE, when its planner knows what it is about.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
+from psycopg.sql import SQL, Composed
 
-from langgraph_vat import HybridSaver
+from langgraph_vat import HybridSaver, Keyring
 from langgraph_vat._durable import checkpoints as sql
+from langgraph_vat._durable.blind import page_by_tokens
 
 STEPS = 3_000
 FILL = (
@@ -27,7 +29,9 @@ INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpo
 SELECT 'long', '', lpad(n::text, 16, '0'), lpad((n - 1)::text, 16, '0'),
     jsonb_build_object('v', 4, 'channel_versions', jsonb_build_object('a', lpad(n::text, 32, '0'),
         'b', lpad((n - 1)::text, 32, '0'))),
-    jsonb_build_object('user', CASE WHEN n = 7 THEN 'me' ELSE 'else' END)
+    jsonb_build_object('user', CASE WHEN n = 7 THEN 'me' ELSE 'else' END, 'vat_blind',
+        jsonb_build_object('owner', CASE WHEN n = 7 THEN '7f' ELSE '00' END,
+                           'plan', (n %% 100)::text))
 FROM generate_series(1, %(steps)s) AS n
 """,
     """
@@ -43,20 +47,24 @@ INSERT INTO checkpoint_writes (thread_id, checkpoint_ns, checkpoint_id, task_id,
 SELECT 'long', '', lpad(n::text, 16, '0'), 'task', 0, 'a', 'bytes', 'x'
 FROM generate_series(1, %(steps)s) AS n
 """,
-    "ANALYZE",
+    "VACUUM ANALYZE",
 )
 NOTHING: dict[str, Any] = dict.fromkeys(
     ("thread", "namespace", "checkpoint", "before", "after_id", "after_thread", "after_namespace")
 ) | {"filter": "{}", "exact": "{}", "prefix": "vat-tenant:", "scoped": False, "limit": 10}
+OWNER, BOTH = '{"vat_blind": {"owner": "7f"}}', '{"vat_blind": {"owner": "7f", "plan": "7"}}'
+TOKENS = {**NOTHING, "filter_0": "{}", "filter_1": OWNER, "filter_2": BOTH}
 LONG = {"thread": "long", "namespace": ""}
 MIDDLE = f"{STEPS // 2:016}"
-QUESTIONS: dict[str, tuple[LiteralString, dict[str, Any]]] = {
+QUESTIONS: dict[str, tuple[LiteralString | Composed, dict[str, Any]]] = {
     "the newest": (sql.SELECT_LATEST, LONG),
     "one by its id": (sql.SELECT_ONE, {**LONG, "checkpoint": MIDDLE}),
     "a page of a thread": (sql.SELECT_PAGE, {**NOTHING, **LONG}),
     "a page before one": (sql.SELECT_PAGE, {**NOTHING, **LONG, "before": MIDDLE}),
     "a page of all threads": (sql.SELECT_PAGE, NOTHING),
     "a page of few": (sql.SELECT_LIGHT_PAGE, {**NOTHING, "filter": '{"user": "me"}'}),
+    "a page by a token": (page_by_tokens(SQL(sql.LIGHT_SNAPSHOT), ["owner"]), TOKENS),
+    "a page by two, with values": (page_by_tokens(SQL(sql.SNAPSHOT), ["owner", "plan"]), TOKENS),
     "threads": (
         sql.SEARCH_THREADS,
         {"tenant": "", "metadata": "{}", "before": "infinity", "before_id": "", "limit": 10},
@@ -66,7 +74,9 @@ QUESTIONS: dict[str, tuple[LiteralString, dict[str, Any]]] = {
 
 @pytest.fixture
 def long(postgres_url) -> Iterator[psycopg.Connection]:
-    with HybridSaver.from_conn_string(postgres_url):
+    with HybridSaver.from_conn_string(
+        postgres_url, keyring=Keyring.generate(), filterable_metadata=("owner", "plan")
+    ):
         pass
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         for statement in FILL:
@@ -84,7 +94,8 @@ def looked_at(node: dict[str, Any]) -> float:
 
 def looked_at_by(long: psycopg.Connection, question: str) -> float:
     statement, params = QUESTIONS[question]
-    explain = "EXPLAIN (ANALYZE, FORMAT JSON) " + statement
+    asked = statement if isinstance(statement, Composed) else SQL(statement)
+    explain = SQL("EXPLAIN (ANALYZE, FORMAT JSON) ") + asked
     (plan,) = long.execute(explain, params).fetchone()
     return looked_at(plan[0]["Plan"])
 

@@ -1,7 +1,10 @@
 """A sealed value opens at its place and nowhere else; what was sealed once opens for ever."""
 
+import hashlib
+import hmac
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat import Keyring
 from langgraph_vat._seal.associated_data import associated_data
+from langgraph_vat._seal.blind_index import IndexKey
 from langgraph_vat._seal.codec import PlainCodec, SealedCodec, opened_type
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import SealError, UnknownKeyError
@@ -337,6 +341,47 @@ def test_what_we_seal_today_is_the_documented_format(cipher):
     place = documented_associated_data("item", "users", "users.u1", "k", "bytes")
     assert type_ == f"bytes+{cipher}"
     assert documented_open(keys, type_, sealed, place) == b"\xff"
+
+
+BLIND = json.loads((Path(__file__).parent / "wire" / "blind-v1.json").read_text())
+
+
+def documented_token(key: bytes, where: list[str], field: str, value: Any) -> str | None:
+    if value is None or isinstance(value, list | dict):
+        return None
+    if isinstance(value, str):
+        kind, shown = "string", value
+    elif value == int(value):
+        number = int(value)
+        kind, shown = "integer", ("-" if number < 0 else "") + f"{abs(number):x}"
+    else:
+        kind, shown = "float", struct.pack(">d", value).hex()
+    encoded = [
+        part.encode(errors="surrogatepass") for part in ("blind index", *where, field, kind, shown)
+    ]
+    pieces = [len(part).to_bytes(4, "big") + part for part in encoded]
+    message = len(encoded).to_bytes(4, "big") + b"".join(pieces)
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
+
+
+@pytest.mark.parametrize("frozen", BLIND["tokens"], ids=lambda one: ascii(one["value"])[:20])
+def test_frozen_tokens_are_the_documented_ones_and_ours(frozen):
+    key = bytes.fromhex(BLIND["key"])
+    where, field, value = frozen["where"], frozen["field"], frozen["value"]
+    assert documented_token(key, where, field, value) == frozen["token"]
+    ours = IndexKey(key).tokens({field: value}, [field], *where)
+    assert ours == {field: frozen["token"]}
+
+
+def test_the_documented_index_key_is_the_one_we_wrap():
+    secret = bytes(range(32))
+    keys = {"k1": secret.hex()}
+    place = documented_associated_data("index key", "store")
+    wrapped = IndexKey(secret).wrap(Keyring([("k1", secret)]), associated_data=place)
+    header = wrapped[: 2 + wrapped[1]]
+    key = bytes.fromhex(keys[header[2:].decode("ascii")])
+    nonce, body = wrapped[len(header) : len(header) + 12], wrapped[len(header) + 12 :]
+    assert AESGCM(key).decrypt(nonce, body, header + place) == secret
 
 
 class _Bare:
