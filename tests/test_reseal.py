@@ -370,8 +370,8 @@ def test_a_store_is_resealed(postgres_url, a_day_later):
         }
 
 
-def test_a_store_asks_for_its_key_again(postgres_url, monkeypatch):
-    """Who was there before seals with the old key for a minute, and no longer."""
+def test_a_store_asks_for_its_key_before_it_seals(postgres_url):
+    """Who was there before would seal with a key that was replaced, or destroyed."""
     keyed = {"keyring": KEYRING}
     with (
         SemanticStore.from_conn_string(postgres_url, **keyed) as one,
@@ -380,7 +380,6 @@ def test_a_store_asks_for_its_key_again(postgres_url, monkeypatch):
         one.put(("a",), "k", {"v": 1})
         other.put(("a",), "l", {"v": 1})
         one.reseal()
-        monkeypatch.setattr(item_ops, "_KEY_S", 0.0)
         other.put(("a",), "m", {"v": 2})
     with psycopg.connect(postgres_url) as connection:
         found = {row[0][:10] for row in connection.execute("SELECT vat_value FROM store")}
@@ -441,18 +440,35 @@ def test_a_root_of_a_store_is_shredded(postgres_url, monkeypatch):
         one.put(("bob",), "k", {"v": 2})
         assert other.get(("ann", "notes"), "k").value == {"v": 1}
         one.shred("ann")
+        for store in (one, other):  # at once: what is acknowledged can be read
+            with pytest.raises(ShreddedError):
+                store.put(("ann",), "l", {"v": 3})
         monkeypatch.setattr(item_ops, "_KEY_S", 0.0)  # a minute later
         for store in (one, other):
             with pytest.raises(ShreddedError):
                 store.get(("ann", "notes"), "k")
-            with pytest.raises(ShreddedError):
-                store.put(("ann",), "l", {"v": 3})
             assert [item.value for item in store.search(())] == [{"v": 2}]
         with pytest.raises(InvalidInputError):
             one.shred("ann")
         other.delete(("ann", "notes"), "k")
         one.put(("ann",), "k", {"v": 4})
         assert other.get(("ann",), "k").value == {"v": 4}
+
+
+def test_a_store_remembers_the_keys_of_roots_that_it_used_of_late(postgres_url, monkeypatch):
+    monkeypatch.setattr(item_ops, "_MOST_KEYS", 3)
+    with SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as store:
+        roots = [f"root{number}" for number in range(8)]
+        for root in roots:
+            store.put((root,), "k", {"v": root})
+        assert len(store._items.data_keys) == 8  # any may be in use
+        monkeypatch.setattr(item_ops, "_IN_USE_S", -1.0)
+        for _ in range(2):
+            store.put(("new",), "k", {"v": 1})
+            for root in roots:
+                assert store.get((root,), "k").value == {"v": root}
+        assert len(store._items.data_keys) == len(store._items.opened_at) == 3
+        assert len(store.search((), limit=100)) == 9
 
 
 def test_bad_arguments_change_nothing(process, postgres_url, redis_url):

@@ -10,6 +10,7 @@ The store's operations, a batch at a time.
 """
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -53,6 +54,8 @@ _MOST_BYTES = 2_000
 # Seconds for which a root's data key is used before it is asked for again: by then a
 # process knows that it was replaced, or destroyed.
 _KEY_S = 60.0
+# More are remembered only while they may be in use: for longer than any batch takes.
+_MOST_KEYS, _IN_USE_S = 10_000, 600.0
 # The column's type is int; so many minutes are 4,083 years.
 _MOST_TTL = 2**31 - 1
 # More than any table has, and less than Postgres counts to, whatever a search multiplies it by.
@@ -72,7 +75,8 @@ class Items:
     """Fields that have tokens."""
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
-    opened_at: dict[str, float] = field(default_factory=dict)
+    opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    """When each of them was asked for, the latest last."""
     opened: OpenedKeys = field(default_factory=OpenedKeys)
     index_key: IndexKey | None = None
     """The key of the tokens, once it was needed."""
@@ -245,8 +249,7 @@ async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
     if items.keyring is not None:
         await open_tokens(items, backend)
         kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
-        for root in {op.namespace[0] for op in kept}:
-            await _add_key(items, backend, root)
+        await _add_keys(items, backend, {op.namespace[0] for op in kept})
     return plan
 
 
@@ -271,15 +274,20 @@ def key_place(root: str) -> bytes:
     return associated_data("data key", "store", root)
 
 
-async def _add_key(items: Items, backend: Backend, root: str) -> None:
-    """Have the data key of a root; one that is new is committed before it is used."""
-    await _open_keys(items, backend.durable, backend, {root})
-    if items.keyring is None or items.data_keys.get(root) is not None:
-        return
-    data_key = DataKey.generate(items.keyring.cipher)
-    wrapped = await wrap_key(backend, items.keyring, data_key, key_place(root))
-    found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
-    await _remember(items, backend, root, found[0][0])
+async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> None:
+    """
+    Have the data keys of roots to write to; one that is new is committed before it is used.
+
+    They are asked for each time: another process may have destroyed one a moment ago, and
+    what that key sealed is lost.
+    """
+    await _open_keys(items, backend.durable, backend, roots, roots)
+    for root in sorted(roots):
+        if items.keyring is not None and items.data_keys.get(root) is None:
+            data_key = DataKey.generate(items.keyring.cipher)
+            wrapped = await wrap_key(backend, items.keyring, data_key, key_place(root))
+            found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
+            await _remember(items, backend, root, found[0][0])
 
 
 async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> None:
@@ -327,6 +335,10 @@ async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> 
         key = await unwrap_key(runner, items.keyring, items.opened, wrapped, place)
     items.data_keys[root] = key
     items.opened_at[root] = now()
+    items.opened_at.move_to_end(root)
+    oldest = next(iter(items.opened_at))
+    if len(items.opened_at) > _MOST_KEYS and items.opened_at[oldest] < now() - _IN_USE_S:
+        del items.data_keys[oldest], items.opened_at[oldest]
 
 
 async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
@@ -482,8 +494,7 @@ def _equal_to(condition: Any) -> Any:
 
 def _not_shredded(items: Items, rows: list[Row]) -> list[Row]:
     """Return the items that can be read: a search is about what there is to find."""
-    shredded = {root for root, key in items.data_keys.items() if key is None}
-    return [row for row in rows if _root(row[0]) not in shredded]
+    return [row for row in rows if items.data_keys.get(_root(row[0]), "") is not None]
 
 
 async def _refresh(session: Session, rows: Sequence[Row]) -> None:
