@@ -336,8 +336,10 @@ async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> 
     items.data_keys[root] = key
     items.opened_at[root] = now()
     items.opened_at.move_to_end(root)
-    oldest = next(iter(items.opened_at))
-    if len(items.opened_at) > _MOST_KEYS and items.opened_at[oldest] < now() - _IN_USE_S:
+    while len(items.opened_at) > _MOST_KEYS:
+        oldest, asked_at = next(iter(items.opened_at.items()))
+        if asked_at > now() - _IN_USE_S:
+            break
         del items.data_keys[oldest], items.opened_at[oldest]
 
 
