@@ -468,6 +468,7 @@ def test_a_store_remembers_the_keys_of_roots_that_it_used_of_late(postgres_url, 
             for root in roots:
                 assert store.get((root,), "k").value == {"v": root}
         assert len(store._items.data_keys) == len(store._items.opened_at) == 3
+        monkeypatch.setattr(item_ops, "_IN_USE_S", 600.0)
         assert len(store.search((), limit=100)) == 9
 
 
