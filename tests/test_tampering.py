@@ -18,6 +18,7 @@ from langgraph_vat import HybridSaver, Keyring, SealError, SemanticStore, VatErr
 from langgraph_vat._hot.entries import _summed
 
 FLIPS = int(os.environ.get("FLIPS", "120"))
+pytestmark = pytest.mark.timeout(120 + FLIPS // 5)
 KEYRING = Keyring.generate()
 _dice = random.Random(5)
 
