@@ -204,3 +204,5 @@ def test_no_bit_of_the_journal_can_be_changed(process, redis_url, postgres_url):
                 else:
                     assert found == before
             assert refused
+            saver.close()
+            reader.close()
