@@ -484,7 +484,8 @@ def _wanted_tokens(items: Items, op: SearchOp) -> dict[str, str]:
     """Return the tokens without which no item of one root matches; of several roots, none."""
     if items.index_key is None or not op.namespace_prefix or not op.filter:
         return {}
-    equal = {key: _equal_to(op.filter[key]) for key in items.filterable if key in op.filter}
+    named = [key for key in items.filterable if key in op.filter and "." not in key]  # no path
+    equal = {key: _equal_to(op.filter[key]) for key in named}
     found = items.index_key.tokens(equal, list(equal), "item", op.namespace_prefix[0])
     return {key: token for key, token in found.items() if token}
 

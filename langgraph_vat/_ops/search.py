@@ -189,7 +189,7 @@ class Query:
     op: SearchOp
     index: VectorIndex | None
     vector: str | None
-    condition: composing.Composed
+    condition: composing.Composable
     params: dict[str, Any]
     matching: Matching | None
     """Tells by the opened value, where SQL cannot."""
@@ -215,7 +215,7 @@ def prepare(
     tokens: Mapping[str, str] | None = None,
 ) -> Query:
     """Plan a search; `matching` is given where values are sealed, with the tokens they need."""
-    condition = composing.Composed([composing.SQL("true")])
+    condition: composing.Composable = composing.SQL("true")
     params: dict[str, Any] = {}
     if op.filter:
         in_sql = to_sql(op.filter) if matching is None else None

@@ -3,16 +3,19 @@ The same calls to SemanticStore and to LangGraph's InMemoryStore get the same an
 
     HYPOTHESIS_PROFILE=long python -m pytest tests/store/test_store_model.py
 
-runs 2,000 examples. Where InMemoryStore is itself wrong the model says what is
-right: a namespace without items is none, and `True` is not 1.
+runs 2,000 examples, and FILTERS=5000 as many random filters. Where InMemoryStore is
+itself wrong the model says what is right: a namespace without items is none, and `True`
+is not 1.
 """
 
 import itertools
+import os
+import random
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from langgraph.store.base import GetOp, PutOp
@@ -20,7 +23,7 @@ from langgraph.store.memory import InMemoryStore
 from psycopg import connect, sql
 
 from langgraph_vat import Keyring, SemanticStore
-from langgraph_vat._durable.filters import check_filter, matches, to_sql
+from langgraph_vat._durable.filters import OPERATORS, check_filter, matches, to_sql
 from tests.store.embedder import DIMS, embed
 
 INDEX: Any = {"dims": DIMS, "embed": embed, "fields": ["text", "tags[*]"]}
@@ -159,29 +162,74 @@ def test_answers_are_those_of_in_memory_store(postgres_url, is_sealed):
         run_state_machine_as_test(type("Machine", (Model,), {"store": store}))
 
 
-LEAVES = (None, True, False, 0.5, -1, 0, 1, 2, "a", "b", "2026-01-02")
-JSON = st.recursive(
-    st.sampled_from(LEAVES),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("xy"), inner, max_size=2)
-    ),
-    max_leaves=4,
-)
-OPERATORS = st.dictionaries(st.sampled_from(("$eq", "$ne")), JSON, min_size=1) | st.dictionaries(
-    st.sampled_from(("$gt", "$gte", "$lt", "$lte")), st.integers(-3, 3) | st.sampled_from("ab"),
-    min_size=1,
+DATES = (
+    "2026-01-02", "2026-01-02T00:00Z", "2026-01-02T01:30:00.5+02:00", "2026-01-01 23:30:00",
+    "2024-02-29", "2025-02-29", "2026-1-2", "2026-01-02T24:00", "2026-01-02T00:00:00.1234567Z",
 )  # fmt: skip
+LEAVES = (None, True, False, 0.5, -1, 0, 1, 2, 10, "", "a", "b", "ab", "10", *DATES)
+NAMES = ("x", "y", "0", "x.y", "x.0", "y.x.1", "x.", ".", "1.0", "x.01")
+ORDERED = (-3, 0, 1, 2.5, 11, "a", "ab", "10", *DATES)
 
 
-@given(
-    value=st.dictionaries(st.sampled_from("xy"), JSON, max_size=2),
-    condition=st.dictionaries(st.sampled_from("xyz"), JSON | OPERATORS, max_size=2),
-)
-def test_sql_and_python_read_a_filter_alike(postgres_server, value, condition):
+def _json(dice: random.Random, depth: int = 2) -> Any:
+    kind = dice.randrange(10)
+    if depth and kind < 2:
+        return [_json(dice, depth - 1) for _ in range(dice.randrange(3))]
+    return _object(dice, depth - 1) if depth and kind < 5 else dice.choice(LEAVES)
+
+
+def _object(dice: random.Random, depth: int = 2) -> dict[str, Any]:
+    return {dice.choice(NAMES): _json(dice, depth) for _ in range(dice.randrange(4))}
+
+
+def _condition(dice: random.Random, depth: int = 3) -> Any:
+    kind = dice.randrange(10)
+    if not depth or kind < 2:
+        return _json(dice)
+    if kind < 3:
+        return [_condition(dice, depth - 1) for _ in range(dice.randrange(3))]
+    if kind < 5:
+        return _filter(dice, depth - 1)
+    return dict(_operation(dice, depth - 1) for _ in range(dice.choice((1, 1, 2))))
+
+
+def _operation(dice: random.Random, depth: int) -> tuple[str, Any]:
+    name = dice.choice(OPERATORS)
+    if name in ("$eq", "$ne", "$contains"):
+        return name, _json(dice)
+    if name in ("$gt", "$gte", "$lt", "$lte"):
+        return name, dice.choice(ORDERED)
+    if name in ("$in", "$nin"):
+        return name, [_json(dice) for _ in range(dice.randrange(4))]
+    if name == "$exists":
+        return name, dice.random() < 0.5
+    if name == "$not":
+        return name, _condition(dice, depth)
+    return name, [_condition(dice, depth) for _ in range(dice.randint(1, 2))]
+
+
+def _filter(dice: random.Random, depth: int = 3) -> dict[str, Any]:
+    found = {dice.choice(NAMES): _condition(dice, depth) for _ in range(dice.choice((0, 1, 1, 2)))}
+    if depth and dice.random() < 0.3:
+        parts = [_filter(dice, depth - 1) for _ in range(dice.randint(1, 2))]
+        name = dice.choice(("$and", "$or", "$not"))
+        found[name] = parts[0] if name == "$not" else parts
+    return found
+
+
+@settings(max_examples=int(os.environ.get("FILTERS", settings().max_examples)))
+@given(st.randoms(use_true_random=True))
+@pytest.mark.timeout(600)
+def test_sql_and_python_read_a_filter_alike(postgres_server, dice):
+    values = [_object(dice) for _ in range(20)]
+    condition = _filter(dice)
     check_filter(condition)
     clause, params = to_sql(condition)
-    params["v"] = orjson.dumps(value).decode()
-    statement = sql.SQL("SELECT {} FROM (SELECT %(v)s::jsonb) AS s (value)").format(clause)
+    params["vs"] = [orjson.dumps(value).decode() for value in values]
+    statement = sql.SQL(
+        "SELECT array_agg({} ORDER BY n) FROM unnest(%(vs)s::text[]::jsonb[])"
+        " WITH ORDINALITY AS s (value, n)"
+    ).format(clause)
     with connect(postgres_server.url) as connection:
         (found,) = connection.execute(statement, params).fetchone()
-    assert found == matches(value, condition)
+    assert found == [matches(value, condition) for value in values], (condition, values)
