@@ -31,7 +31,7 @@ from langgraph_vat.kms import AwsKmsKeyWrapper, SocketKeyWrapper
 from tests.fix_processes import kill
 
 OLD = Keyring.generate("old")
-BOTH = OLD.with_primary("new")
+BOTH = OLD.with_key("new").with_primary("new")
 REGION = "eu-central-1"
 
 

@@ -23,7 +23,7 @@ from langgraph_vat import (
 )
 
 OLD = Keyring.generate("old")
-NEW = OLD.with_primary("new")
+NEW = OLD.with_key("new").with_primary("new")
 
 
 @pytest.fixture
