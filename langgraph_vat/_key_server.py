@@ -37,6 +37,7 @@ _WAIT_S = 5.0
 _MOST_AT_ONCE = 128
 _MOST_PATH_BYTES = 107 if sys.platform == "linux" else 103
 _PR_SET_DUMPABLE = 4
+_ENDINGS = (signal.SIGTERM, signal.SIGINT)
 
 
 class OversizedError(ConnectionError):
@@ -111,7 +112,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
         self._places.acquire()
         try:
             super().process_request(request, client_address)
-        except BaseException:  # there is no thread to give it back
+        except Exception:  # there is no thread that gives it back
             self._places.release()
             raise
 
@@ -177,8 +178,8 @@ def serve(keys: str | Path, path: str | Path, group: str | None = None) -> NoRet
         ConfigurationError: The keys cannot be used, or the socket cannot be made; another
             server has it, perhaps.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+    # They wait until it is their turn, and interrupt nothing.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
     _hide_memory()  # before there is a key in it
     keyring = Keyring.from_file(keys)
     server = _made(str(path), keyring)
@@ -187,7 +188,8 @@ def serve(keys: str | Path, path: str | Path, group: str | None = None) -> NoRet
             _open_to(group, str(path))
         sys.stdout.write(f"{keyring!r} at {path}\n")
         sys.stdout.flush()
-        server.serve_forever()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        signal.sigwait(_ENDINGS)
     finally:
         server.remove()
     raise SystemExit(0)

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from langgraph_vat import (
     ConfigurationError,
     EncryptedSerializer,
     HybridSaver,
+    InvalidInputError,
     Keyring,
     SealError,
     UnavailableError,
     UnknownKeyError,
     Vat,
+    VatError,
 )
 from langgraph_vat.kms import AwsKmsKeyWrapper, SocketKeyWrapper
 from tests.fix_processes import kill
@@ -41,7 +45,7 @@ class Far:
     def __init__(self, keyring: Keyring = OLD) -> None:
         self.keyring, self.cipher = keyring, keyring.cipher
         self.asked: Counter[str] = Counter()
-        self.is_away = False
+        self.is_away: type[VatError] | None = None
 
     def wrap(self, plaintext: bytes, *, associated_data: bytes) -> bytes:
         self._ask("wrap")
@@ -56,7 +60,7 @@ class Far:
 
     def _ask(self, what: str) -> None:
         if self.is_away:
-            raise UnavailableError("away")
+            raise self.is_away("away")
         self.asked[what] += 1
 
 
@@ -136,19 +140,20 @@ def test_while_it_is_away_known_threads_go_on_and_others_are_refused_whole(conne
     far = Far()
     vat = connect(far)
     put(vat.checkpointer)
-    far.is_away = True
+    far.is_away = UnavailableError
     put(vat.checkpointer, "t", "another")
     assert value(vat.checkpointer) == "another"
     for refused in (lambda: put(vat.checkpointer, "new"), lambda: vat.store.put(("a",), "k", {})):
         with pytest.raises(UnavailableError):
             refused()
-    far.is_away = False
+    far.is_away = None
     assert value(vat.checkpointer, "new") is None
     put(vat.checkpointer, "new")
     assert value(vat.checkpointer, "new") == "value"
 
 
-def test_a_process_that_cannot_reach_it_flushes_what_others_left(connect, postgres_url):
+@pytest.mark.parametrize("problem", [UnavailableError, ConfigurationError])
+def test_a_process_that_cannot_reach_it_flushes_what_others_left(connect, postgres_url, problem):
     vat = connect(Far())
     config = put(vat.checkpointer, "a", "x" * 20_000)
     step = checkpoint("x" * 20_001)
@@ -156,7 +161,7 @@ def test_a_process_that_cannot_reach_it_flushes_what_others_left(connect, postgr
     put(vat.checkpointer, "b")
     kill(vat.checkpointer)
     away = Far()
-    away.is_away = True
+    away.is_away = problem
     with pytest.raises(
         UnavailableError, match="wait for others"
     ):  # a patch, for which a key is needed
@@ -178,16 +183,46 @@ def test_what_is_no_wrapper_is_refused(postgres_url):
 # --- the key server ------------------------------------------------------------
 
 
+# What the interpreter needs may be root's alone, so it becomes another user once it has it;
+# and may be read by that user as if it had been started by him.
+BECOME = """
+import ctypes, os, socket, sys
+from langgraph_vat import VatError, kms
+
+user, *groups = map(int, sys.argv.pop(1).split())
+os.setgroups(groups)
+os.setgid(user)
+os.setuid(user)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+"""
+
+
+def as_user(user: int, groups: Iterable[Any], code: str) -> list[str]:
+    return [sys.executable, "-c", BECOME + code, " ".join(map(str, [user, *groups]))]
+
+
 @pytest.fixture
 def serve(tmp_path) -> Iterator[Any]:
     made: list[subprocess.Popen[str]] = []
 
-    def start(keyring: Keyring, path: Path = tmp_path / "s") -> subprocess.Popen[str]:
+    def start(
+        keyring: Keyring,
+        path: Path = tmp_path / "s",
+        *more: str,
+        user: int | None = None,
+        groups: Iterable[int] = (),
+    ) -> subprocess.Popen[str]:
         keys = tmp_path / f"keys-{len(made)}"
         keyring.save(keys)
-        command = [sys.executable, "-m", "langgraph_vat.kms", "--keys", keys, "--socket", path]
+        command = [sys.executable, "-m", "langgraph_vat.kms"]
+        if user is not None:
+            os.chown(keys, user, user)
+            command = as_user(user, groups, "kms.main()")
         server = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, "--keys", keys, "--socket", path, *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         made.append(server)
         assert server.stdout
@@ -203,7 +238,7 @@ def serve(tmp_path) -> Iterator[Any]:
 def test_a_key_server_keeps_the_keys(connect, serve, tmp_path):
     server = serve(OLD)
     assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
-    vat = connect(SocketKeyWrapper(tmp_path / "s"))
+    vat = connect(SocketKeyWrapper(tmp_path / "s", timeout_s=1.0))
     put(vat.checkpointer)
     vat.store.put(("a",), "k", {"v": 1})
     assert value(connect(OLD).checkpointer) == "value"  # the form is the keyring's
@@ -253,6 +288,7 @@ def test_what_is_no_request_harms_no_key_server(serve, tmp_path, request_):
         with contextlib.suppress(ConnectionResetError):
             answer = connection.recv(100)
     assert answer == b"" or answer[4] == 1
+    assert (b"1 to 1048576 bytes" in answer) == (request_ in (b"\0\0\0\0", b"\xff" * 8))
     wrapper = SocketKeyWrapper(tmp_path / "s")
     wrapped = wrapper.wrap(b"secret", associated_data=b"")
     assert wrapper.unwrap(wrapped, associated_data=b"") == b"secret"
@@ -262,8 +298,279 @@ def test_a_second_key_server_leaves_the_first_one_alone(serve, tmp_path):
     serve(OLD)
     second = serve(BOTH)
     assert second.wait() == 2
-    assert second.stderr.read().count("no socket can be made") == 1
+    said = second.stderr.read()
+    assert said.count("no socket can be made") == said.count("another server") == 1
     assert SocketKeyWrapper(tmp_path / "s").wrap(b"", associated_data=b"")
+
+
+def test_a_key_server_takes_with_it_no_socket_but_its_own(serve, tmp_path):
+    first = serve(OLD)
+    (tmp_path / "s").unlink()
+    second = serve(OLD)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        first.send_signal(number)
+        assert first.wait() == 0
+        assert first.stderr.read() == ""
+        first = second
+        if number == signal.SIGTERM:
+            assert SocketKeyWrapper(tmp_path / "s").wrap(b"", associated_data=b"")
+    assert not (tmp_path / "s").exists()
+
+
+def test_many_may_ask_a_key_server_at_once(serve, tmp_path):
+    server = serve(OLD)
+    wrapper = SocketKeyWrapper(tmp_path / "s", timeout_s=20)
+    all_there = threading.Barrier(200)
+
+    def ask(number: int) -> bool:
+        all_there.wait()
+        secret = str(number).encode()
+        wrapped = wrapper.wrap(secret, associated_data=b"")
+        return wrapper.unwrap(wrapped, associated_data=b"") == secret
+
+    with ThreadPoolExecutor(200) as pool:
+        assert all(pool.map(ask, range(200)))
+    server.send_signal(signal.SIGSTOP)  # what waits does so in its queue
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            waiting.connect(os.fspath(tmp_path / "s"))
+
+
+def test_a_key_server_that_is_started_anew_is_asked_again(serve, tmp_path):
+    server = serve(OLD)
+    wrapper = SocketKeyWrapper(tmp_path / "s", timeout_s=30)
+    is_over, done = threading.Event(), Counter[int]()
+
+    def ask(number: int) -> None:
+        while not is_over.is_set():
+            assert wrapper.wrap(b"secret", associated_data=b"")
+            done[number] += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, number) for number in range(8)]
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            server.send_signal(number)
+            server.wait()
+            server = serve(OLD)
+        before = +done
+        while any(done[number] <= before[number] + 1 for number in range(8)):
+            assert not any(one.done() for one in asking)
+        is_over.set()
+        for one in asking:
+            one.result()
+
+
+def test_who_finds_the_queue_full_asks_again(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(os.fspath(tmp_path / "s"))
+        listener.listen(0)
+        first.connect(os.fspath(tmp_path / "s"))
+        with pytest.raises(UnavailableError, match="BlockingIOError"):
+            SocketKeyWrapper(tmp_path / "s", timeout_s=0.1).wrap(b"", associated_data=b"")
+        with ThreadPoolExecutor(1) as pool:
+            wrapper = SocketKeyWrapper(tmp_path / "s", timeout_s=20)
+            asking = pool.submit(wrapper.wrap, b"", associated_data=b"")
+            time.sleep(0.1)
+            listener.accept()[0].close()
+            with listener.accept()[0] as connection:
+                connection.sendall(b"\0\0\0\2\0x")
+                assert asking.result() == b"x"
+
+
+def test_slow_clients_take_no_more_than_their_time_and_their_places(serve, tmp_path):
+    server = serve(OLD)
+    drips: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            drip = stack.enter_context(socket.socket(socket.AF_UNIX))
+            drip.connect(os.fspath(tmp_path / "s"))
+            drip.send((2**16).to_bytes(4))
+            drips.append(drip)
+        with ThreadPoolExecutor(1) as pool:
+            wrapper = SocketKeyWrapper(tmp_path / "s", timeout_s=30)
+            asking, most = pool.submit(wrapper.wrap, b"", associated_data=b""), 0
+            while not asking.done():
+                for drip in drips:
+                    with contextlib.suppress(OSError):
+                        drip.send(b"\0")  # never longer without a byte than this
+                status = Path(f"/proc/{server.pid}/status").read_text()
+                most = max(most, int(status.partition("Threads:")[2].split()[0]))
+                time.sleep(0.5)
+            assert asking.result()
+    assert 100 < most <= 130
+
+
+@pytest.mark.parametrize("bytes_", [1, 3_000])
+def test_a_server_that_drips_takes_no_more_than_the_time_given(tmp_path, bytes_):
+    is_over = threading.Event()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(tmp_path / "s"))
+        listener.listen()
+
+        def drip() -> None:
+            with listener.accept()[0] as connection, contextlib.suppress(OSError):
+                connection.sendall((2**16).to_bytes(4))
+                while not is_over.wait(0.05):
+                    connection.sendall(bytes(bytes_))
+
+        with ThreadPoolExecutor(1) as pool:
+            dripping = pool.submit(drip)
+            begun = time.monotonic()
+            with pytest.raises(UnavailableError, match="Timeout"):
+                SocketKeyWrapper(tmp_path / "s", timeout_s=0.5).wrap(b"", associated_data=b"")
+            assert time.monotonic() - begun < 5
+            is_over.set()
+            dripping.result()
+
+
+def test_what_is_too_long_is_said_before_it_is_sent(tmp_path):
+    wrapper = SocketKeyWrapper(tmp_path / "nobody", timeout_s=0.1)
+    with pytest.raises(InvalidInputError, match="1048576"):
+        wrapper.wrap(b"", associated_data=bytes(2**20))
+    with pytest.raises(UnavailableError, match="FileNotFound"):
+        wrapper.wrap(b"", associated_data=b"")
+    with pytest.raises(ConfigurationError, match="shorter"):
+        SocketKeyWrapper(tmp_path / ("x" * 110))
+    for owner in ("nobody-of-that-name", None.__class__, 1.5):
+        with pytest.raises(ConfigurationError, match="no user"):
+            SocketKeyWrapper(tmp_path / "s", owner=owner)
+
+
+@pytest.mark.parametrize(
+    ("socket_", "said"),
+    [
+        ("absent/s", "directory does not exist"),
+        ("x" * 110, "shorter one"),
+        ("file", "a file"),
+        ("open/s", "go-w"),
+        ("group/s", "go-w"),
+    ],
+)
+def test_where_a_key_server_makes_no_socket_it_says_why(serve, tmp_path, socket_, said):
+    (tmp_path / "file").touch()
+    for name, mode in (("open", 0o702), ("group", 0o770)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    server = serve(OLD, tmp_path / socket_)
+    assert server.wait() == 2
+    assert said in server.stderr.read()
+    assert (tmp_path / "file").is_file()
+
+
+def test_a_directory_for_all_is_one_where_nobody_removes_what_is_of_others(serve, tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o1777)
+    serve(OLD, tmp_path / "open" / "s")
+    wrapper = SocketKeyWrapper(tmp_path / "open" / "s")
+    assert wrapper.wrap(b"", associated_data=b"")
+
+
+def test_a_group_that_cannot_be_had_is_refused_and_leaves_no_socket(serve, tmp_path):
+    server = serve(OLD, tmp_path / "s", "--group", "no-such-group")
+    assert server.wait() == 2
+    assert "no such group" in server.stderr.read()
+    assert not (tmp_path / "s").exists()
+
+
+# --- two users -----------------------------------------------------------------
+
+SERVER, WORKER, STRANGER = 61_001, 61_002, 61_003
+ASK = """
+try:
+    wrapper = kms.SocketKeyWrapper(sys.argv[1], owner=int(sys.argv[2]), timeout_s=1.0)
+    print(wrapper.unwrap(wrapper.wrap(b"secret", associated_data=b""), associated_data=b""))
+except VatError as error:
+    print(type(error).__name__, error)
+"""
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
+
+
+def run_as(user: int, code: str, *arguments: Any) -> str:
+    command = [*as_user(user, [], code), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def shared(tmp_path) -> Path:
+    """A directory of the server's, into which its group may go, and a way that leads there."""
+    for parent in (tmp_path, *tmp_path.parents):
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o111)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    directory.chmod(0o750)
+    os.chown(directory, SERVER, WORKER)
+    return directory
+
+
+@as_root
+def test_a_worker_under_another_user_uses_the_server_and_reads_no_key(serve, tmp_path, shared):
+    serve(OLD, shared / "s", "--group", str(WORKER), user=SERVER, groups=[WORKER])
+    assert (shared / "s").stat().st_mode & 0o777 == 0o660
+    assert run_as(WORKER, ASK, shared / "s", SERVER) == "b'secret'\n"
+    assert "ConfigurationError" in (said := run_as(WORKER, ASK, shared / "s", WORKER))
+    assert f"owner={SERVER}" in said
+    said = run_as(WORKER, "open(sys.argv[1])", tmp_path / "keys-0")
+    assert "PermissionError" in said
+    shared.chmod(0o755)
+    said = run_as(STRANGER, ASK, shared / "s", SERVER)
+    assert said.startswith("ConfigurationError this user may not open")
+    assert "--group" in said
+
+
+@as_root
+def test_no_other_process_of_its_user_reads_a_key_servers_memory(serve, shared):
+    server = serve(OLD, shared / "s", user=SERVER)
+    command = as_user(SERVER, [], "print(flush=True); input()")
+    plain = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    plain.stdout.readline()
+    read = "open(f'/proc/{sys.argv[1]}/mem', 'rb'); print('read')"
+    try:
+        assert run_as(SERVER, read, plain.pid) == "read\n"
+        assert "PermissionError" in run_as(SERVER, read, server.pid)
+    finally:
+        plain.communicate(b"\n")
+
+
+@as_root
+@pytest.mark.parametrize("path", ["denied/s", "run/s"])
+def test_a_server_says_that_it_may_not_write_there(serve, tmp_path, shared, path):
+    (tmp_path / "denied").mkdir()
+    os.chown(shared, WORKER, WORKER)
+    server = serve(OLD, tmp_path / path, user=SERVER)
+    assert server.wait() == 2
+    assert ("may not write" if path == "denied/s" else "go-w") in server.stderr.read()
+
+
+@as_root
+def test_a_group_that_the_server_is_not_in_is_refused(serve, shared):
+    server = serve(OLD, shared / "s", "--group", "0", user=SERVER)
+    server.wait()
+    assert "cannot be opened to group '0'" in server.stderr.read()
+
+
+LISTEN = """
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print("ready", flush=True)
+    connection = listener.accept()[0]
+    connection.settimeout(5)
+    print(connection.recv(100), flush=True)
+"""
+
+
+@as_root
+def test_who_took_the_servers_place_is_told_no_secret(shared):
+    command = [*as_user(SERVER, [], LISTEN), shared / "s"]
+    impostor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert impostor.stdout.readline() == "ready\n"
+    with pytest.raises(ConfigurationError, match=f"user {SERVER}"):
+        SocketKeyWrapper(shared / "s").wrap(b"secret", associated_data=b"")
+    assert impostor.communicate()[0] == "b''\n"
 
 
 # --- AWS -----------------------------------------------------------------------
