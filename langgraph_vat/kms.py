@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
@@ -239,6 +240,17 @@ class AwsKmsKeyWrapper:
             raise UnknownKeyError(_NO_KEYRING)
         arn, blob = _divided(wrapped)
         self._refuse_strange(arn)
+        with suppress(ConfigurationError):
+            return self._decrypted(arn, blob, associated_data)
+        # KMS says that it is denied, or no request, to who may do all but sends a ciphertext that
+        # was changed: it must not keep `rotate` from all the others.
+        self._decrypted(*_divided(self.wrap(b"?", associated_data=b"")), b"")
+        raise UnknownKeyError(
+            f"AWS KMS opens others, and not this data key, by {arn!r}. Nothing was changed. It was"
+            " changed, or this role needs kms:Decrypt for that key."
+        )
+
+    def _decrypted(self, arn: str, blob: bytes, associated_data: bytes) -> bytes:
         found = self._call("decrypt", KeyId=arn, CiphertextBlob=blob, **_context(associated_data))
         if found["KeyId"] != arn:
             raise SealError(f"AWS KMS opened a wrapped key by another key than its own, {arn!r}")

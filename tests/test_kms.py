@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import copy
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -30,6 +32,7 @@ from langgraph_vat import (
     UnknownKeyError,
     Vat,
     VatError,
+    kms,
 )
 from langgraph_vat.kms import AwsKmsKeyWrapper, SocketKeyWrapper
 from tests.fix_processes import kill
@@ -600,6 +603,8 @@ def test_aws_kms_wraps_and_tells_what_is_wrong(client):
     assert wrapper.is_current(wrapped)
     assert not wrapper.is_current(OLD.wrap(b"", associated_data=b""))
     assert not AwsKmsKeyWrapper(make_key(client), client=client).is_current(wrapped)
+    with pytest.raises(UnknownKeyError, match="before="):
+        wrapper.unwrap(OLD.wrap(b"", associated_data=b""), associated_data=b"")
     changed = wrapped[:-1] + bytes([wrapped[-1] ^ 1])
     for one, place in (
         (wrapped, b"another"),
@@ -615,26 +620,238 @@ def test_aws_kms_wraps_and_tells_what_is_wrong(client):
         )
 
 
+class Asked:
+    """A client of KMS that tells what it was asked, and may refuse."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.asked: list[tuple[str, str]] = []
+        self.code: str | None = None
+
+    def __getattr__(self, method: str) -> Any:
+        def ask(**arguments: Any) -> Any:
+            from botocore.exceptions import ClientError
+
+            self.asked.append((method, arguments["KeyId"]))
+            if self.code:
+                raise ClientError({"Error": {"Code": self.code}}, method)
+            return getattr(self.client, method)(**arguments)
+
+        return ask
+
+
+def arn_of(client: Any, key_id: str) -> str:
+    return str(client.describe_key(KeyId=key_id)["KeyMetadata"]["Arn"])
+
+
+@pytest.fixture
+def alias(client) -> Any:
+    """Returns what gives the alias to a key, which it then names."""
+    client.create_alias(AliasName="alias/vat", TargetKeyId=make_key(client))
+
+    def give(key_id: str) -> str:
+        client.update_alias(AliasName="alias/vat", TargetKeyId=key_id)
+        return "alias/vat"
+
+    return give
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", ["id", "arn", "alias"])
+def test_a_key_of_kms_that_somebody_wrote_into_the_database_is_not_used(client, alias, form):
+    ours, theirs = make_key(client), make_key(client)  # this role may decrypt with either
+    name = {"id": ours, "arn": arn_of(client, ours), "alias": "alias/vat"}[form]
+    alias(ours)
+    forged = AwsKmsKeyWrapper(theirs, client=client).wrap(b"chosen", associated_data=b"place")
+    asked = Asked(client)
+    wrapper = AwsKmsKeyWrapper(name, client=asked)
+    with pytest.raises(UnknownKeyError, match="also=") as refused:
+        wrapper.unwrap(forged, associated_data=b"place")
+    assert arn_of(client, theirs) in str(refused.value)
+    wrapped = wrapper.wrap(b"secret", associated_data=b"place")
+    with pytest.raises(UnknownKeyError, match=arn_of(client, ours)):
+        wrapper.unwrap(forged, associated_data=b"place")
+    assert not [one for one in asked.asked if "decrypt" in one]
+    assert wrapper.unwrap(wrapped, associated_data=b"place") == b"secret"
+    told = sum(method == "describe_key" for method, _ in asked.asked)
+    assert told == {"id": 1, "arn": 0, "alias": told}[form]
+    # Of ours with the ciphertext of theirs, or the reverse, KMS opens nothing.
+    arn = arn_of(client, ours).encode()
+    mixed = b"\2" + len(arn).to_bytes(2) + arn + forged[3 + len(arn) :]
+    for changed in (mixed, wrapped + bytes(10_000)):
+        with pytest.raises(SealError):
+            wrapper.unwrap(changed, associated_data=b"place")
+    explicit = AwsKmsKeyWrapper(name, client=client, also=[arn_of(client, theirs)])
+    assert explicit.unwrap(forged, associated_data=b"place") == b"chosen"
+
+
+def test_an_answer_of_another_key_of_kms_is_not_believed():
+    arn = "arn:aws:kms:eu-central-1:111122223333:key/ours"
+
+    class Client:
+        def decrypt(self, **_: Any) -> Any:
+            return {"KeyId": arn.replace("ours", "theirs"), "Plaintext": b"chosen"}
+
+    wrapped = b"\2" + len(arn).to_bytes(2) + arn.encode() + b"x"
+    with pytest.raises(SealError, match="another key"):
+        AwsKmsKeyWrapper(arn, client=Client()).unwrap(wrapped, associated_data=b"")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_alias_moves_and_its_keys_are_rotated(connect, client, alias, monkeypatch):
+    monkeypatch.setattr(kms, "_ALIAS_S", 0.2)
+    first, second = make_key(client), make_key(client)
+    vat = connect(AwsKmsKeyWrapper(alias(first), client=client))
+    for number in range(20):
+        put(vat.checkpointer, f"t{number}")
+    vat.checkpointer.flush()
+    alias(second)
+    time.sleep(0.2)
+    asked = Asked(client)
+    without = connect(AwsKmsKeyWrapper("alias/vat", client=asked))
+    with pytest.raises(UnknownKeyError, match=arn_of(client, first)):
+        value(without.checkpointer, "t0")
+    assert without.rotate() == (0, 20)
+    assert "decrypt" not in dict(asked.asked)
+    both = AwsKmsKeyWrapper("alias/vat", client=client, also=[arn_of(client, first)])
+    assert connect(both).rotate() == (20, 0)
+    assert connect(both).rotate() == (0, 0)
+    assert value(without.checkpointer, "t0") == "value"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_of_an_alias_kms_is_asked_seldom_and_again(client, alias):
+    asked = Asked(client)
+    wrapper = AwsKmsKeyWrapper(alias(make_key(client)), client=asked)
+    wrapped = wrapper.wrap(b"secret", associated_data=b"")
+    begun = time.monotonic()
+    assert all(wrapper.is_current(wrapped) for _ in range(1000))
+    assert len(asked.asked) <= 2 + (time.monotonic() - begun)
+    alias(make_key(client))
+    time.sleep(1)
+    assert not wrapper.is_current(wrapped)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_role_that_may_not_ask_is_told_and_nothing_is_counted(connect, client):
+    asked, key_id = Asked(client), make_key(client)
+    vat = connect(AwsKmsKeyWrapper(key_id, client=client))
+    put(vat.checkpointer)
+    vat.store.put(("a",), "k", {"v": 1})
+    vat.checkpointer.flush()
+    denied = connect(AwsKmsKeyWrapper(key_id, client=asked))
+    asked.code = "AccessDeniedException"
+    for refused in (
+        denied.reseal,
+        denied.store.reseal,
+        denied.rotate,
+        lambda: value(denied.checkpointer),
+        lambda: put(denied.checkpointer, "new"),
+    ):
+        with pytest.raises(ConfigurationError, match=r"AccessDenied.*kms:Decrypt"):
+            refused()
+    asked.code = None
+    assert denied.reseal().left == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_ciphertext_that_kms_denies_keeps_no_others_from_being_rotated(
+    connect, client, postgres_url
+):
+    first, second = make_key(client), make_key(client)
+    vat = connect(AwsKmsKeyWrapper(first, client=client))
+    for number in range(3):
+        put(vat.checkpointer, f"t{number}")
+    vat.checkpointer.flush()
+    arn = arn_of(client, first).encode()
+    theirs = AwsKmsKeyWrapper(second, client=client).wrap(b"chosen", associated_data=b"")
+    forged = b"\2" + len(arn).to_bytes(2) + arn + theirs[3 + len(arn) :]
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("UPDATE vat_threads SET data_key = %s WHERE thread_id = 't1'", [forged])
+    new = AwsKmsKeyWrapper(second, client=client, also=[arn.decode()])
+    assert connect(new).rotate() == (2, 1)
+    done = connect(new).reseal()
+    assert (done.keys, done.left) == (2, 1)
+
+
 @pytest.mark.parametrize(
-    ("code", "kind"),
+    "arguments",
     [
-        ("DisabledException", UnknownKeyError),
-        ("AccessDeniedException", UnknownKeyError),
-        ("IncorrectKeyException", SealError),
-        ("ThrottlingException", UnavailableError),
+        {"key_id": None},
+        {"key_id": ""},
+        {"key_id": b"key"},
+        {"before": "keys"},
+        {"before": b"\1"},
+        {"also": "arn:aws:kms:eu-central-1:111122223333:key/k"},
+        {"also": ["alias/agents"]},
+        {"also": [None]},
+        {"also": 5},
     ],
 )
-def test_what_aws_kms_answers_is_an_error_of_ours(code, kind):
+def test_what_cannot_work_with_aws_kms_is_refused_at_once(arguments):
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+        AwsKmsKeyWrapper(**{"key_id": "k", "client": object()} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("DisabledException", 400, UnknownKeyError),
+        ("NotFoundException", 400, UnknownKeyError),
+        ("IncorrectKeyException", 400, SealError),
+        ("ThrottlingException", 400, UnavailableError),
+        ("KMSInternalException", 500, UnavailableError),
+        ("NeverHeardOf", 503, UnavailableError),
+        ("AccessDeniedException", 400, ConfigurationError),
+        ("ValidationException", 400, ConfigurationError),
+        ("InvalidArnException", 400, ConfigurationError),
+        ("UnrecognizedClientException", 400, ConfigurationError),
+        ("ExpiredTokenException", 400, ConfigurationError),
+        ("InvalidSignatureException", 400, ConfigurationError),
+        ("NeverHeardOf", 400, ConfigurationError),
+    ],
+)
+def test_what_aws_kms_answers_is_an_error_of_ours(code, status, kind):
     from botocore.exceptions import ClientError
 
     class Client:
         def encrypt(self, **_: Any) -> Any:
-            raise ClientError({"Error": {"Code": code, "Message": "of ada"}}, "Encrypt")
+            answer = {
+                "Error": {"Code": code, "Message": "of ada"},
+                "ResponseMetadata": {"HTTPStatusCode": status},
+            }
+            raise ClientError(answer, "Encrypt")
 
     with pytest.raises(kind) as refused:
         AwsKmsKeyWrapper("k", client=Client()).wrap(b"secret", associated_data=b"")
+    assert type(refused.value) is kind
     assert refused.value.__context__ is None
     assert "ada" not in str(refused.value)
+    assert ("repeat" in str(refused.value)) == (kind is UnavailableError)
+
+
+def test_an_aws_kms_wrapper_shows_no_key_and_is_not_pickled():
+    wrapper = AwsKmsKeyWrapper("k", client=object(), before=OLD)
+    assert repr(wrapper) == "AwsKmsKeyWrapper('k')"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            pickle.dumps(wrapper, protocol)
+    for refused in (wrapper.__getstate__, lambda: copy.copy(wrapper)):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            refused()
+
+
+def test_an_aws_kms_without_credentials_is_no_configuration(monkeypatch, tmp_path):
+    import boto3
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    client = boto3.session.Session().client("kms", region_name=REGION)
+    with pytest.raises(ConfigurationError, match="NoCredentialsError"):
+        AwsKmsKeyWrapper("k", client=client).wrap(b"secret", associated_data=b"")
 
 
 def test_what_aws_kms_is_told_names_nobody():
