@@ -34,6 +34,7 @@ from langgraph_vat import (
     VatError,
     kms,
 )
+from langgraph_vat._ops.shared import key_place
 from langgraph_vat.kms import AwsKmsKeyWrapper, SocketKeyWrapper
 from tests.fix_processes import kill
 
@@ -764,9 +765,14 @@ def test_a_ciphertext_that_kms_denies_keeps_no_others_from_being_rotated(
         put(vat.checkpointer, f"t{number}")
     vat.checkpointer.flush()
     arn = arn_of(client, first).encode()
-    theirs = AwsKmsKeyWrapper(second, client=client).wrap(b"chosen", associated_data=b"")
-    forged = b"\2" + len(arn).to_bytes(2) + arn + theirs[3 + len(arn) :]
     with psycopg.connect(postgres_url) as connection:
+        found = connection.execute(
+            "SELECT generation::text FROM vat_threads WHERE thread_id = 't1'"
+        )
+        theirs = AwsKmsKeyWrapper(second, client=client).wrap(
+            b"chosen", associated_data=key_place("t1", found.fetchone()[0])
+        )
+        forged = b"\2" + len(arn).to_bytes(2) + arn + theirs[3 + len(arn) :]
         connection.execute("UPDATE vat_threads SET data_key = %s WHERE thread_id = 't1'", [forged])
     new = AwsKmsKeyWrapper(second, client=client, also=[arn.decode()])
     assert connect(new).rotate() == (2, 1)
