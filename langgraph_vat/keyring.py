@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn, Protocol, Self, runtime_checkable
@@ -34,6 +35,7 @@ from langgraph_vat.errors import ConfigurationError, SealError, UnknownKeyError
 AES, CHACHA = "aes256gcm", "chacha20poly1305"
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
+_PAIR = 2
 _ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _REFUSED = "a wrapped key could not be opened: it was changed, or belongs elsewhere"
 
@@ -58,6 +60,7 @@ class KeyWrapper(Protocol):
 
         Raises:
             UnavailableError: It does not answer.
+            ConfigurationError: It answers nobody who asks like this: no permission, perhaps.
         """
         ...
 
@@ -69,6 +72,7 @@ class KeyWrapper(Protocol):
             UnknownKeyError: The key that wrapped it is not to be had.
             SealError: It was changed, or belongs elsewhere.
             UnavailableError: It does not answer.
+            ConfigurationError: It answers nobody who asks like this: no permission, perhaps.
         """
         ...
 
@@ -98,17 +102,16 @@ class Keyring:
     __slots__ = ("_ciphers", "_keys", "cipher")
 
     def __init__(self, keys: Iterable[tuple[str, bytes]], *, cipher: str = AES) -> None:
-        refuse_cipher(cipher)
         self.cipher = cipher
         """With which values are sealed under data keys that are made from now on."""
         self._keys: dict[str, bytes] = {}
-        for key_id, key in keys:
-            _refuse_unusable(key_id, key)
-            if key_id in self._keys:
-                raise ConfigurationError(f"the keyring has two keys with the id {key_id!r}")
-            self._keys[key_id] = bytes(key)
-        if not self._keys:
-            raise ConfigurationError("the keyring is empty; it needs at least one id:base64 key")
+        try:
+            refuse_cipher(cipher)
+            self._keys = _collected(keys)
+        except ConfigurationError as error:
+            # Tools that report the variables of each frame would report keys.
+            del keys
+            raise error.with_traceback(None) from None
         self._ciphers = {key_id: AESGCM(key) for key_id, key in self._keys.items()}
 
     @classmethod
@@ -167,19 +170,38 @@ class Keyring:
                 it cannot be made.
         """
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._write(Path(path))
         except FileExistsError:
-            raise ConfigurationError(
-                f"key file {path} exists and was not overwritten; save to another path, and remove"
-                " the old file once nobody reads it"
-            ) from None
+            problem = (
+                "exists and was not overwritten; save to another path, and remove the old file once"
+                " nobody reads it"
+            )
         except OSError as error:
-            raise ConfigurationError(
-                f"key file {path} cannot be made ({type(error).__name__}); the keys were not saved."
-                " Save them to a directory that exists and that you may write to"
-            ) from None
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self.export_secret_text())
+            problem = (
+                f"cannot be made ({type(error).__name__}: {error.strerror}); the keys were not"
+                " saved. Save them to a directory that exists, that you may write to, and that has"
+                " room"
+            )
+        else:
+            return
+        raise ConfigurationError(f"key file {path} {problem}")
+
+    def _write(self, path: Path) -> None:
+        """Make the whole file or none, and have it on disk."""
+        descriptor, beside = tempfile.mkstemp(prefix=".keys-", dir=path.parent)  # its owner's alone
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(self.export_secret_text())
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(beside, path)  # a rename would overwrite
+        finally:
+            Path(beside).unlink()
+        try:
+            _sync(path.parent)
+        except OSError:
+            path.unlink()
+            raise
 
     def export_secret_text(self) -> str:
         """Return the text form, secrets included: for a secret store, and for nothing else."""
@@ -202,23 +224,26 @@ class Keyring:
         Every process must have it before any wraps with it. Save the keyring
         before it is used: a key that was in memory only is gone with the
         process, and with it what it sealed.
+
+        Raises:
+            ConfigurationError: It has a key with this id, or the new one is unusable.
         """
         fresh = AESGCM.generate_key(bit_length=256) if key is None else key
+        _refuse_unusable(key_id, fresh)  # here: a frame further in has all keys
+        if key_id in self._keys:
+            raise ConfigurationError(f"the keyring has two keys with the id {key_id!r}")
         return self._with([*self._keys.items(), (key_id, fresh)])
 
-    def with_primary(self, key_id: str, key: bytes | None = None) -> "Keyring":
+    def with_primary(self, key_id: str) -> "Keyring":
         """
-        Return a keyring with this key in front of the others.
+        Return a keyring with this key in front of the others, which it has: see `with_key`.
 
-        Args:
-            key_id: A key that it has; or another, which is added.
-            key: The one to add; new and random if None. See `with_key`.
+        Raises:
+            ConfigurationError: It does not have it.
         """
-        if key is None and key_id in self._keys:
-            rest = [one for one in self._keys.items() if one[0] != key_id]
-            return self._with([(key_id, self._keys[key_id]), *rest])
-        fresh = AESGCM.generate_key(bit_length=256) if key is None else key
-        return self._with([(key_id, fresh), *self._keys.items()])
+        self._refuse_missing(key_id)
+        rest = [one for one in self._keys.items() if one[0] != key_id]
+        return self._with([(key_id, self._keys[key_id]), *rest])
 
     def without(self, key_id: str) -> "Keyring":
         """
@@ -227,8 +252,7 @@ class Keyring:
         Raises:
             ConfigurationError: It does not have it, or no other.
         """
-        if key_id not in self._keys:
-            raise ConfigurationError(f"the keyring has no key {key_id!r}")
+        self._refuse_missing(key_id)
         return self._with(one for one in self._keys.items() if one[0] != key_id)
 
     def with_cipher(self, cipher: str) -> "Keyring":
@@ -246,6 +270,14 @@ class Keyring:
             ConfigurationError: It is neither.
         """
         return Keyring(self._keys.items(), cipher=cipher)
+
+    def _refuse_missing(self, key_id: str) -> None:
+        _refuse_no_id(key_id)
+        if key_id not in self._keys:
+            raise ConfigurationError(
+                f"the keyring has no key {key_id!r}; it has {', '.join(self.key_ids)}."
+                " with_key() adds one"
+            )
 
     def _with(self, keys: Iterable[tuple[str, bytes]]) -> "Keyring":
         return Keyring(keys, cipher=self.cipher)
@@ -302,10 +334,21 @@ class Keyring:
         return self._ciphers[key_id]
 
     def __repr__(self) -> str:
-        return f"Keyring(primary={self.primary_id!r}, keys={len(self._keys)})"
+        return f"Keyring(primary={next(iter(self._keys), None)!r}, keys={len(self._keys)})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Keyring holds secrets and cannot be copied or pickled")
+
+    __getstate__ = __reduce__
+
+
+def _sync(directory: Path) -> None:
+    """Have the names in a directory on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_cipher(cipher: str) -> None:
@@ -333,9 +376,30 @@ def _refuse_open_to_others(descriptor: int, path: str | Path) -> None:
         )
 
 
-def _refuse_unusable(key_id: str, key: bytes) -> None:
-    if not _ID.fullmatch(key_id):
+def _collected(keys: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    pairs = list(keys) if isinstance(keys, Iterable) else [keys]
+    if not pairs:
+        raise ConfigurationError("the keyring is empty; it needs at least one id:base64 key")
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != _PAIR:
+            raise ConfigurationError("a keyring is made of pairs: of a key's id, and its 32 bytes")
+        key_id, key = pair
+        _refuse_unusable(key_id, key)
+        if key_id in found:
+            raise ConfigurationError(f"the keyring has two keys with the id {key_id!r}")
+        found[key_id] = bytes(key)
+    return found
+
+
+def _refuse_no_id(key_id: str) -> None:
+    # Not named: it may be a key, in the id's place.
+    if not isinstance(key_id, str) or not _ID.fullmatch(key_id):
         raise ConfigurationError("a key id must be 1 to 32 letters, digits, '_' or '-'")
+
+
+def _refuse_unusable(key_id: str, key: bytes) -> None:
+    _refuse_no_id(key_id)
     if not isinstance(key, bytes | bytearray):
         raise ConfigurationError(f"key {key_id!r} is {type(key).__name__} and must be bytes")
     if len(key) != _KEY_BYTES:
@@ -356,7 +420,15 @@ def _parse_key(item: str) -> tuple[str, bytes]:
             "a key must be written as id:base64, with an id of 1 to 32 letters, digits, '_' or '-'"
             " and the base64 of 32 bytes"
         )
+    key = _decoded(encoded)
+    if key is None:
+        raise ConfigurationError(f"key {key_id!r} is not valid base64")
+    return key_id, key
+
+
+def _decoded(encoded: str) -> bytes | None:
+    # Its error has the text in a frame, and would be the context of ours.
     try:
-        return key_id, base64.b64decode(encoded, validate=True)
+        return base64.b64decode(encoded, validate=True)
     except ValueError:
-        raise ConfigurationError(f"key {key_id!r} is not valid base64") from None
+        return None

@@ -42,6 +42,10 @@ class EncryptedSerializer(SerializerProtocol):
     """
     Seals what another serializer returns, with the keyring's cipher.
 
+    Making one asks the keyring to wrap its data key, and a message of another process's has
+    it asked again, where it stands: behind a key server or a KMS that is a call which waits,
+    in an event loop too. Make it before the loop runs, or by ``asyncio.to_thread``.
+
     Args:
         keyring: Wraps the key that seals.
         serde: The serializer in front; a `StrictSerializer` if None.

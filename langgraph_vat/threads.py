@@ -183,8 +183,9 @@ class Threads:
 
         Values stay as they are. It may be stopped at any moment; run again, it
         goes on. If every process wraps by that key already, and none is `left`,
-        the others open nothing here any more. Backups, archives and what an `EncryptedSerializer`
-        sealed for another saver may still need it.
+        the others open nothing here any more: a process that still runs with the old one in
+        front wraps new threads by it, so call this again when the last has ended. Backups,
+        archives and what an `EncryptedSerializer` sealed for another saver may still need it.
 
         Raises:
             ConfigurationError: There is no keyring.

@@ -87,7 +87,7 @@ def test_a_sealed_thread_needs_its_keyring(written):
         read(written, keyring=Keyring.generate())
     with pytest.raises(SealError, match="'k1'"):
         read(written, keyring=Keyring.generate("k2"))
-    rotated = KEYRING.with_primary("k2")
+    rotated = KEYRING.with_key("k2").with_primary("k2")
     assert read(written, keyring=rotated).checkpoint["channel_values"]["text"] == "t!"
 
 

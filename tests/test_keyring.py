@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import pickle
+import stat
 import subprocess
+import sys
 import traceback
 
 import pytest
@@ -78,7 +80,7 @@ def test_two_keys_with_one_id_are_two_keys():
 # --- rotation ---------------------------------------------------------------------
 
 OLD = Keyring([("k1", K1)])
-BOTH = OLD.with_primary("k2", K2)
+BOTH = OLD.with_key("k2", K2).with_primary("k2")
 NEW = Keyring([("k2", K2)])
 
 
@@ -99,7 +101,16 @@ def test_a_new_primary_leaves_the_old_keyring_as_it_was():
     assert (OLD.primary_id, OLD.key_ids) == ("k1", ("k1",))
     assert (BOTH.primary_id, BOTH.key_ids) == ("k2", ("k2", "k1"))
     with pytest.raises(ConfigurationError, match="two keys with the id 'k1'"):
-        BOTH.with_primary("k1", K2)
+        BOTH.with_key("k1", K2)
+
+
+def test_a_primary_key_that_is_not_there_is_a_mistake_and_no_new_key():
+    with pytest.raises(ConfigurationError, match=r"no key 'k22'; it has k2, k1.*with_key"):
+        BOTH.with_primary("k22")
+    for refused in (BOTH.with_primary, BOTH.without):
+        with pytest.raises(ConfigurationError) as raised:
+            refused(f"k2:{text_of(K2)}")
+        assert not shows(str(raised.value), K2)
 
 
 def test_keys_come_behind_go_in_front_and_leave():
@@ -145,6 +156,19 @@ NAMELESS = {
 }
 
 
+def everything(error: BaseException) -> str:
+    """Return an error, what led to it, and the variables of all frames but the tests' own."""
+    parts, errors = [], [error]
+    while errors:
+        one = errors.pop()
+        parts.append(repr(one))
+        errors += [other for other in (one.__cause__, one.__context__) if other is not None]
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            if frame.f_code.co_filename != __file__:
+                parts.append(repr(frame.f_locals))
+    return "".join(parts)
+
+
 @pytest.fixture
 def key_file(tmp_path):
     path = tmp_path / "keys"
@@ -159,11 +183,7 @@ def test_an_unusable_key_is_named_and_not_shown(monkeypatch, key_file, source, t
     key_file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigurationError) as raised:
         Keyring.from_env("KEYS") if source == "environment" else Keyring.from_file(key_file)
-    frames = traceback.TracebackException.from_exception(raised.value, capture_locals=True)
-    # The first frame is this test's own, which knows the key.
-    del frames.stack[0]
-    assert len(frames.stack) == 1
-    assert not shows("".join(frames.format()))
+    assert not shows(everything(raised.value))
     assert ("'k1'" in str(raised.value)) == (text in BAD.values())
 
 
@@ -236,6 +256,81 @@ def test_a_saved_keyring_is_the_owners_alone_and_comes_back(tmp_path):
     assert Keyring.from_file(path).key_ids == BOTH.key_ids
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from langgraph_vat import ConfigurationError, Keyring
+
+ring = Keyring.generate()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))  # bytes
+try:
+    ring.save(sys.argv[1])
+except ConfigurationError as error:
+    print(error)
+"""
+
+
+def test_of_a_keyring_that_cannot_be_written_nothing_is_left(tmp_path):
+    path = tmp_path / "keys"
+    command = [sys.executable, "-c", FULL, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "were not saved" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    OLD.save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_keyring_has_its_name_once_it_is_on_disk(tmp_path, monkeypatch):
+    path, synced = tmp_path / "keys", []
+
+    def fsync(descriptor: int) -> None:
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append((is_directory, os.fstat(descriptor).st_size > 40, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    OLD.save(path)
+    assert [(one[0], one[2]) for one in synced] == [(False, False), (True, True)]
+    assert synced[0][1]
+
+    def fails(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(ConfigurationError, match="Input/output error"):
+        OLD.save(tmp_path / "others")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [5, None, ["k1"], [("k1",)], [("k1", K1, K2)], [(5, K1)], [(K1, "k1")], {"k1": K1}, [None]],
+)
+def test_what_are_no_pairs_of_id_and_key_is_refused(keys):
+    with pytest.raises(ConfigurationError) as raised:
+        Keyring(keys)
+    assert not shows(everything(raised.value))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: OLD.with_key("k1"),
+        lambda: OLD.with_key("k2", b"short"),
+        lambda: OLD.with_key(["k2"]),
+        lambda: OLD.with_cipher("rot13"),
+        lambda: OLD.without("k1"),
+        lambda: OLD.with_primary("k2"),
+        lambda: Keyring([("k1", K1), ("k1", K1)]),
+        lambda: Keyring([("k1", K1), ("k2", b"short")]),
+    ],
+)
+def test_a_mistake_shows_no_key_even_with_the_variables_of_its_frames(refused):
+    with pytest.raises(ConfigurationError) as raised:
+        refused()
+    assert not shows(everything(raised.value))
+
+
 @pytest.mark.parametrize("key", [K1[:31], K1 + b"x", b"", text_of(K1), list(K1), memoryview(K1)])
 def test_a_key_is_32_bytes(key):
     with pytest.raises(ConfigurationError, match="'k1'") as raised:
@@ -258,7 +353,7 @@ def test_a_secret_cannot_be_printed_copied_or_pickled(secret):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             pickle.dumps(secret, protocol)
-    for copying in (copy.copy, copy.deepcopy):
+    for copying in (copy.copy, copy.deepcopy, type(secret).__getstate__):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             copying(secret)
 
@@ -277,5 +372,4 @@ def test_a_refusal_shows_no_key_even_with_the_variables_of_its_frames():
     for refuse in refusals():
         with pytest.raises(SealError) as raised:
             refuse()
-        error = traceback.TracebackException.from_exception(raised.value, capture_locals=True)
-        assert not shows("".join(error.format()))
+        assert not shows(everything(raised.value))

@@ -277,7 +277,7 @@ def test_a_process_that_is_killed_while_it_rotates_and_reseals_leaves_all_readab
     postgres_url, redis_url, tmp_path
 ):
     old = Keyring.generate("old")
-    both = old.with_primary("new")
+    both = old.with_key("new").with_primary("new")
     both.save(tmp_path / "keys")
     options: Any = {"redis": redis_url, "flush_every": 4}
     with Vat.connect(postgres_url, keyring=both.with_primary("old"), **options) as vat:

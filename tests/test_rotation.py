@@ -23,7 +23,7 @@ from langgraph_vat import (
 )
 
 OLD = Keyring.generate("old")
-NEW = OLD.with_primary("new")
+NEW = OLD.with_key("new").with_primary("new")
 
 
 @pytest.fixture
@@ -89,6 +89,20 @@ def test_what_no_key_opens_is_left_and_told(make, postgres_url, caplog):
     assert "data keys" in caplog.text
     assert values(make(NEW.without("old"))) == [1]
     assert values(other, "u") == [2]
+    with pytest.raises(UnknownKeyError, match="'other'"):
+        list(make(NEW).list(None))
+
+
+def test_who_still_wraps_by_the_old_key_makes_another_rotation_due(make):
+    before, after = make(OLD), make(NEW)
+    put(before, at(), 1)
+    before.flush()
+    assert after.threads.rotate() == (1, 0)
+    put(before, at("u"), 2)
+    before.flush()
+    assert after.threads.rotate() == (1, 0)
+    assert after.threads.rotate() == (0, 0)
+    assert values(make(NEW.without("old")), "u") == [2]
 
 
 def test_a_tenant_rotates_its_own(make, postgres_url):

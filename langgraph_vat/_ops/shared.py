@@ -27,7 +27,7 @@ from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import IndexKey, Tokens
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import SealError, ShreddedError, UnavailableError
+from langgraph_vat.errors import ConfigurationError, SealError, ShreddedError, UnavailableError
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
 from langgraph_vat.settings import Settings
@@ -216,7 +216,8 @@ async def known_in(shared: Shared, session: Session, thread_id: str, fence: Fenc
     """
     Return what is known of a thread that is locked at `fence`; None if its key is not here.
 
-    Nor is it if whoever wraps keys does not answer: one thread's trouble stops no others.
+    Nor is it if whoever wraps keys does not answer, or not this process: one thread's trouble
+    stops no others.
     """
     known = shared.threads.get(thread_id)
     if known is not None and known.fence == fence:
@@ -224,7 +225,7 @@ async def known_in(shared: Shared, session: Session, thread_id: str, fence: Fenc
     rows = await session.fetch(sql.FIND_THREAD, {"thread": thread_id})
     try:
         data_key = await unwrapped(shared, session, thread_id, fence.generation, rows[0][2])
-    except (SealError, UnavailableError):
+    except (SealError, UnavailableError, ConfigurationError):
         return None
     return Known(fence, data_key)
 

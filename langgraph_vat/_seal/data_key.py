@@ -158,6 +158,8 @@ class DataKey:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a DataKey holds a secret and cannot be copied or pickled; wrap it instead")
 
+    __getstate__ = __reduce__
+
 
 def suffix_of(sealed: bytes | memoryview | None) -> str:
     """Return what the type tag of a sealed message must end with; nothing if it is none."""
