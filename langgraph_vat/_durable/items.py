@@ -274,12 +274,6 @@ AND """
     + _ALIVE
 )
 
-COUNT: LiteralString = (
-    "SELECT count(*) FROM (SELECT FROM store s WHERE "
-    + _SCOPE
-    + " AND {filter} LIMIT %(most)s) AS c"
-)
-
 LIST: LiteralString = (
     "SELECT {columns}, NULL::float8 FROM store s WHERE "
     + _SCOPE
@@ -287,34 +281,41 @@ LIST: LiteralString = (
 ORDER BY s.updated_at DESC, s.prefix, s.key LIMIT %(limit)s OFFSET %(offset)s"""
 )
 
-# Every candidate's best vector, then those without any. By cosine a vector of zeros is as none.
+# Every candidate's best vector, then those without any; by cosine a vector of zeros is as
+# none. Each row tells how many candidates there are; if they are more than `few`, that alone.
+# They are joined one by one: no estimate of how many pass a filter can make it read all vectors.
 EXACT: LiteralString = (
     """
-WITH candidates AS MATERIALIZED (SELECT s.prefix, s.key FROM store s WHERE """
+WITH candidates AS MATERIALIZED (
+    SELECT s.prefix, s.key, s.updated_at FROM store s WHERE """
     + _SCOPE
-    + """ AND {filter}),
-scored AS MATERIALIZED (
-    SELECT v.prefix, v.key,
-        nullif(min(v.embedding {operator} %(query)s::{type}), 'NaN') AS distance
-    FROM candidates c JOIN store_vectors v ON v.prefix = c.prefix AND v.key = c.key
-    GROUP BY v.prefix, v.key
+    + """ AND {filter} LIMIT %(few)s::bigint + 1
+), counted AS MATERIALIZED (SELECT count(*) AS candidates FROM candidates),
+best AS (
+    SELECT c.prefix, c.key, c.updated_at, nullif(min(v.distance), 'NaN') AS distance
+    FROM candidates c LEFT JOIN LATERAL (
+        SELECT v.embedding {operator} (SELECT %(query)s::{type}) AS distance FROM store_vectors v
+        WHERE v.prefix = c.prefix COLLATE "default" AND v.key = c.key OFFSET 0
+    ) AS v ON true
+    WHERE (SELECT candidates FROM counted) <= %(few)s
+    GROUP BY c.prefix, c.key, c.updated_at
+    ORDER BY distance NULLS LAST, c.updated_at DESC, c.prefix, c.key
+    LIMIT %(limit)s OFFSET %(offset)s
 )
-SELECT {columns}, d.distance
-FROM candidates c
-JOIN store s ON s.prefix = c.prefix AND s.key = c.key
-LEFT JOIN scored d ON d.prefix = c.prefix AND d.key = c.key
-ORDER BY d.distance NULLS LAST, s.updated_at DESC, s.prefix, s.key
-LIMIT %(limit)s OFFSET %(offset)s"""
+SELECT {columns}, b.distance, n.candidates
+FROM counted n LEFT JOIN (best b JOIN store s ON s.prefix = b.prefix AND s.key = b.key) ON true
+ORDER BY b.distance NULLS LAST, b.updated_at DESC, b.prefix, b.key"""
 )
 
-# Nearest vectors through the index, which goes on until enough pass the conditions.
+# Nearest vectors through the index, which goes on until enough pass the conditions. The query
+# is a subquery: planned once for all, its text would be parsed again for each row.
 ITERATIVE_SCAN: LiteralString = "SET LOCAL hnsw.iterative_scan = strict_order"
 NEAREST: LiteralString = (
     """
-SELECT {columns}, nullif(v.embedding {operator} %(query)s::{type}, 'NaN')
+SELECT {columns}, nullif(v.embedding {operator} (SELECT %(query)s::{type}), 'NaN')
 FROM store_vectors v JOIN store s ON s.prefix = v.prefix AND s.key = v.key
 WHERE """
     + _SCOPE
     + """ AND {filter}
-ORDER BY v.embedding {operator} %(query)s::{type} LIMIT %(limit)s"""
+ORDER BY v.embedding {operator} (SELECT %(query)s::{type}) LIMIT %(limit)s"""
 )

@@ -37,7 +37,8 @@ from langgraph_vat.errors import ConfigurationError, UnavailableError
 Matching: TypeAlias = Callable[[list[Row]], Awaitable[list[Row]]]
 
 # Up to so many candidates, comparing all is as quick as the index.
-_FEW = 10_000
+_FEW = 2_000
+_ALL = 2**62
 _PAGE = 200
 # pgvector indexes vectors up to these dimensions.
 _MOST_DIMS = {"vector": 2_000, "halfvec": 4_000}
@@ -234,25 +235,38 @@ async def run(session: Session, query: Query) -> list[Row]:
     first, last = query.op.offset, query.op.offset + query.op.limit
     if query.matching is not None:
         return (await _until(session, query, last))[first:last]
-    if query.vector is not None and first == 0 < last and await _is_large(session, query):
-        page = await _nearest(session, query, last)
-        if page:
-            return page
-    return await _ordered(session, query, sql.ITEM, query.op.limit, first)
+    if query.vector is None:
+        return await _listed(session, query, sql.ITEM, query.op.limit, first)
+    index = query.index
+    is_by_index = first == 0 < last and index is not None and index.kind != "flat"
+    page = await _exact(session, query, _FEW if is_by_index else _ALL)
+    if page is None:
+        page = await _nearest(session, query, last) or await _exact(session, query, _ALL)
+    assert page is not None
+    return page
 
 
-async def _ordered(
+async def _listed(
     session: Session, query: Query, selected: LiteralString, limit: int | None, offset: int
 ) -> list[Row]:
-    statement = query.compose(sql.LIST if query.vector is None else sql.EXACT, selected)
+    statement = query.compose(sql.LIST, selected)
     return await session.fetch(statement, {**query.params, "limit": limit, "offset": offset})
+
+
+async def _exact(session: Session, query: Query, few: int) -> list[Row] | None:
+    """Return a page by comparing all candidates; None if they are more than `few`."""
+    params = {**query.params, "few": few, "limit": query.op.limit, "offset": query.op.offset}
+    rows = await session.fetch(query.compose(sql.EXACT), params)
+    if rows[0][-1] > few:
+        return None
+    return [row[:-1] for row in rows if row[0] is not None]
 
 
 async def _until(session: Session, query: Query, enough: int) -> list[Row]:
     """Open candidates in order until `enough` match. What they are is asked once: no row shifts."""
     assert query.matching is not None
     found: list[Row] = []
-    places = await _ordered(session, query, sql.PLACE, None, 0)
+    places = await _places(session, query)
     for start in range(0, len(places), _PAGE):
         distances = {(prefix, key): d for prefix, key, d in places[start : start + _PAGE]}
         rows = await session.fetch(sql.GET, columns(list(distances), "prefixes", "keys"))
@@ -264,17 +278,19 @@ async def _until(session: Session, query: Query, enough: int) -> list[Row]:
     return found
 
 
-async def _is_large(session: Session, query: Query) -> bool:
-    if query.index is None or query.index.kind == "flat":
-        return False
-    params = {**query.params, "most": _FEW + 1}
-    return bool((await session.fetch(query.compose(sql.COUNT), params))[0][0] > _FEW)
+async def _places(session: Session, query: Query) -> list[Row]:
+    """Return where all candidates are, in order, each with its distance."""
+    if query.vector is None:
+        return await _listed(session, query, sql.PLACE, None, 0)
+    params = {**query.params, "few": _ALL, "limit": None, "offset": 0}
+    rows = await session.fetch(query.compose(sql.EXACT, sql.PLACE), params)
+    return [row[:-1] for row in rows if row[0] is not None]
 
 
 async def _nearest(session: Session, query: Query, enough: int) -> list[Row]:
     """Return a first page by the index; nothing where the index cannot tell what belongs on it."""
     await session.execute(sql.ITERATIVE_SCAN)
-    for limit in (2 * enough, 8 * enough, 32 * enough):
+    for limit in (enough + 1, 4 * enough, 32 * enough):
         rows = await session.fetch(query.compose(sql.NEAREST), {**query.params, "limit": limit})
         items: dict[tuple[str, str], Row] = {}
         for row in rows:
