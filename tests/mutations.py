@@ -31,6 +31,13 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(
+        "what a socket does not take at once is sent while an answer is waited for",
+        "_io/pool.py",
+        "is_more = wanted == Wait.R and _has_more(pgconn)",
+        "is_more = False",
+        "test_connections.py::test_more_than_a_socket_takes_is_sent_before_an_answer_is_waited_for",
+    ),
+    Mutation(
         "an acknowledged step is kept by its writer as well",
         "_ops/hot.py",
         "            shared.copies.add(thread_id, entry)\n",

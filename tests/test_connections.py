@@ -32,7 +32,7 @@ from redis._parsers.base import BaseParser
 from langgraph_vat import ConfigurationError, HybridSaver, SemanticStore, UnavailableError
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.mapping import map_redis
-from langgraph_vat._io.protocols import HotTierError
+from langgraph_vat._io.protocols import HotTierError, Session
 from langgraph_vat.embedded import RedisServer, _package
 from tests.faults.proxy import Proxy
 from tests.fix_servers import Killable, _free_ports, _sockets
@@ -339,6 +339,28 @@ async def test_a_call_under_way_while_it_is_closed_leaves_no_connection(postgres
                 break
             await asyncio.sleep(0.1)  # Redis has its time to notice
         assert left < others
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("colour", ["blocking", "asyncio"])
+@pytest.mark.parametrize("count", [1, 8, 200])
+def test_more_than_a_socket_takes_is_sent_before_an_answer_is_waited_for(
+    postgres_url, colour, count
+):
+    async def body(session: Session) -> list[Any]:
+        for _ in range(count):
+            await session.execute("SELECT %(value)s::bytea", {"value": b"x" * (2**24 // count)})
+        return await session.fetch("SELECT %(value)s::bytea", {"value": b"y" * 2**22})
+
+    async def in_a_loop(saver: HybridSaver) -> list[Any]:
+        return await (await saver._life.connections.asyncio()).durable.transact(body)
+
+    with HybridSaver.from_conn_string(postgres_url) as saver:
+        if colour == "blocking":
+            found = drive(saver._life.connections.blocking().durable.transact(body))
+        else:
+            found = asyncio.run(in_a_loop(saver))
+    assert found == [(b"y" * 2**22,)]
 
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGconn
+from psycopg.waiting import Ready, Wait
 
 from langgraph_vat._io.addresses import PostgresAddress
 
@@ -56,6 +58,35 @@ def _bounded(steps: Generator[Any, Any, T], seconds: float) -> Generator[Any, An
         return result
 
 
+def _sending(steps: Generator[Any, Any, T], pgconn: PGconn) -> Generator[Any, Any, T]:
+    """
+    Drive psycopg's own generator; go on sending while it waits for an answer.
+
+    In pipeline mode it may wait with a part of the last statement unsent, which the
+    server waits for: as much as the socket does not take at once.
+    """
+    try:
+        wanted = next(steps)
+        while True:
+            is_more = wanted == Wait.R and _has_more(pgconn)
+            ready = yield Wait.RW if is_more else wanted
+            if not is_more:
+                wanted = steps.send(ready)
+            elif ready != Ready.W:  # an answer, or nothing for a while
+                wanted = steps.send(ready & Ready.R)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+
+
+def _has_more(pgconn: PGconn) -> bool:
+    """Send what can be; whether there is more. Of what is broken, whoever waits will hear."""
+    try:
+        return pgconn.flush() == 1
+    except psycopg.OperationalError:
+        return False
+
+
 class BlockingConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever."""
 
@@ -64,7 +95,8 @@ class BlockingConnection(psycopg.Connection[Any]):
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
         """Wait for what was asked; after a timeout the connection is of no use."""
         try:
-            return super().wait(_bounded(gen, self.answer_s), *args, **kwargs)
+            steps = _bounded(_sending(gen, self.pgconn), self.answer_s)
+            return super().wait(steps, *args, **kwargs)
         except AnswerTimeoutError:
             self.pgconn.finish()
             raise
@@ -78,7 +110,8 @@ class AsyncioConnection(psycopg.AsyncConnection[Any]):
     async def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
         """Wait for what was asked; after a timeout the connection is of no use."""
         try:
-            return await super().wait(_bounded(gen, self.answer_s), *args, **kwargs)
+            steps = _bounded(_sending(gen, self.pgconn), self.answer_s)
+            return await super().wait(steps, *args, **kwargs)
         except AnswerTimeoutError:
             self.pgconn.finish()
             raise
