@@ -18,7 +18,7 @@ from langgraph_vat.errors import (
 )
 from langgraph_vat.keyring import Keyring, KeyWrapper
 from langgraph_vat.saver import HybridSaver
-from langgraph_vat.serde import EncryptedSerializer, StrictSerializer
+from langgraph_vat.serde import EncryptedSerializer, LegacySerializer, StrictSerializer
 from langgraph_vat.settings import Retention, Settings
 from langgraph_vat.store import SemanticStore
 from langgraph_vat.vat import Vat
@@ -31,6 +31,7 @@ __all__ = [
     "InvalidInputError",
     "KeyWrapper",
     "Keyring",
+    "LegacySerializer",
     "MigrationError",
     "QuarantinedError",
     "RefusedError",
