@@ -235,38 +235,49 @@ async def run(session: Session, query: Query) -> list[Row]:
     first, last = query.op.offset, query.op.offset + query.op.limit
     if query.matching is not None:
         return (await _until(session, query, last))[first:last]
-    if query.vector is None:
-        return await _listed(session, query, sql.ITEM, query.op.limit, first)
-    index = query.index
-    is_by_index = first == 0 < last and index is not None and index.kind != "flat"
-    page = await _exact(session, query, _FEW if is_by_index else _ALL)
-    if page is None:
-        page = await _nearest(session, query, last) or await _exact(session, query, _ALL)
-    assert page is not None
-    return page
+    if query.vector is not None and first == 0 < last and _has_index(query):
+        page, is_all = await _compared(session, query, sql.ITEM, last, 0, few=_FEW)
+        if not is_all:
+            page = await _nearest(session, query, last)
+        if page or is_all:
+            return page
+    return await _ordered(session, query, sql.ITEM, query.op.limit, first)
 
 
-async def _listed(
+def _has_index(query: Query) -> bool:
+    return query.index is not None and query.index.kind != "flat"
+
+
+async def _ordered(
     session: Session, query: Query, selected: LiteralString, limit: int | None, offset: int
 ) -> list[Row]:
-    statement = query.compose(sql.LIST, selected)
-    return await session.fetch(statement, {**query.params, "limit": limit, "offset": offset})
+    """Return a page of all candidates in their total order."""
+    if query.vector is not None:
+        return (await _compared(session, query, selected, limit, offset, few=_ALL))[0]
+    params = {**query.params, "limit": limit, "offset": offset}
+    return await session.fetch(query.compose(sql.LIST, selected), params)
 
 
-async def _exact(session: Session, query: Query, few: int) -> list[Row] | None:
-    """Return a page by comparing all candidates; None if they are more than `few`."""
-    params = {**query.params, "few": few, "limit": query.op.limit, "offset": query.op.offset}
-    rows = await session.fetch(query.compose(sql.EXACT), params)
-    if rows[0][-1] > few:
-        return None
-    return [row[:-1] for row in rows if row[0] is not None]
+async def _compared(
+    session: Session,
+    query: Query,
+    selected: LiteralString,
+    limit: int | None,
+    offset: int,
+    *,
+    few: int,
+) -> tuple[list[Row], bool]:
+    """Return a page by comparing all candidates, and True; False if they are more than `few`."""
+    params = {**query.params, "few": few, "limit": limit, "offset": offset}
+    rows = await session.fetch(query.compose(sql.EXACT, selected), params)
+    return [row[:-1] for row in rows if row[0] is not None], rows[0][-1] <= few
 
 
 async def _until(session: Session, query: Query, enough: int) -> list[Row]:
     """Open candidates in order until `enough` match. What they are is asked once: no row shifts."""
     assert query.matching is not None
     found: list[Row] = []
-    places = await _places(session, query)
+    places = await _ordered(session, query, sql.PLACE, None, 0)
     for start in range(0, len(places), _PAGE):
         distances = {(prefix, key): d for prefix, key, d in places[start : start + _PAGE]}
         rows = await session.fetch(sql.GET, columns(list(distances), "prefixes", "keys"))
@@ -276,15 +287,6 @@ async def _until(session: Session, query: Query, enough: int) -> list[Row]:
         if len(found) >= enough:
             break
     return found
-
-
-async def _places(session: Session, query: Query) -> list[Row]:
-    """Return where all candidates are, in order, each with its distance."""
-    if query.vector is None:
-        return await _listed(session, query, sql.PLACE, None, 0)
-    params = {**query.params, "few": _ALL, "limit": None, "offset": 0}
-    rows = await session.fetch(query.compose(sql.EXACT, sql.PLACE), params)
-    return [row[:-1] for row in rows if row[0] is not None]
 
 
 async def _nearest(session: Session, query: Query, enough: int) -> list[Row]:
