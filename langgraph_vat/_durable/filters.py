@@ -36,6 +36,7 @@ OPERATORS = ("$eq", "$ne", *_ORDERS, "$in", "$nin", "$exists", "$contains", *_LO
 
 _MISSING = object()
 _DEEPEST = 64
+_MOST_DIGITS = 9
 # Alternatives of $in that are looked up one by one in an index.
 _MOST_LOOKUPS = 16
 
@@ -155,8 +156,8 @@ def _inner(value: Mapping[str, Any], name: str) -> Any:
 
 
 def _is_index(part: str) -> bool:
-    # Postgres counts no further.
-    return part.isascii() and part.isdecimal() and int(part) < 2**31
+    # No array has more, and neither Postgres nor `int` reads digits without end.
+    return part.isascii() and part.isdecimal() and len(part) <= _MOST_DIGITS
 
 
 def _ordered(operator: str) -> Callable[[Any, Any], bool]:

@@ -78,6 +78,13 @@ def test_numbers_are_compared_as_numbers(store):
     assert {item.value["n"] for item in found} == {10, 100}
 
 
+def test_a_path_of_endless_digits_leads_nowhere(store):
+    store.put(("n",), "k", {"x": [1]})
+    for digits in ("0", "00", "9" * 10, "9" * 5_000):
+        found = store.search(("n",), filter={f"x.{digits}": 1})
+        assert len(found) == (int(digits[:9]) == 0)
+
+
 def test_an_unknown_operator_is_refused_before_anything_is_written(store):
     with pytest.raises(InvalidInputError, match=r"\$regex.*\$gte"):
         store.batch([PutOp(("a",), "k", {}), SearchOp(("a",), {"n": {"$regex": "x"}})])
