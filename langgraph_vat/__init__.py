@@ -1,5 +1,6 @@
 """Checkpointer and store for LangGraph: hot, durable, remembered, sealed."""
 
+from langgraph_vat._seal.legacy import LegacySerializer
 from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import (
     ConfigurationError,
@@ -33,6 +34,7 @@ __all__ = [
     "InvalidInputError",
     "KeyWrapper",
     "Keyring",
+    "LegacySerializer",
     "MigrationError",
     "QuarantinedError",
     "RefusedError",

@@ -134,6 +134,17 @@ class Resealed(NamedTuple):
     """Rows, or data keys, that could not be opened."""
 
 
+class Sealed(NamedTuple):
+    """What was in the clear, and is sealed now."""
+
+    keys: int
+    """Data keys that were made: of threads, or of roots of a store."""
+    values: int
+    """Rows that were sealed."""
+    left: int
+    """Threads, or roots, that are in the clear as before."""
+
+
 class Rewritten(NamedTuple):
     """What was stored in another form."""
 

@@ -93,6 +93,7 @@ class HybridSaver(Managed, BaseCheckpointSaver[str]):
         self._life = Lifecycle(connections, settings or Settings(), keyring)
         self._shared = self._life.shared
         self._shared.is_first = is_first
+        self._shared.serde = self.serde
         self._view = View(None)
 
     @classmethod

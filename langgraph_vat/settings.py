@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -15,6 +16,10 @@ STORAGES = ("compact", "compatible")
 # A thousand years.
 _MOST_MINUTES = 525_600_000
 T = TypeVar("T", "Retention", "Settings")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _require(condition: object, message: str) -> None:
@@ -118,6 +123,10 @@ class Settings:
             string, a number or a boolean. Who reads the database sees which are equal.
         filterable_fields: Likewise of items of a sealed store, on their first level, for
             ``search(filter=)`` of equality within one first label of a namespace.
+        accept_plaintext: Until when a saver or store with a keyring still reads threads, and
+            first labels of a store, that have no data key: a `datetime` with a time zone. They
+            stay as they are until ``seal_existing()``; new ones are sealed at once. Meanwhile
+            whoever writes to the database can put others there. None for never.
         retention: For how long threads are kept: a `Retention`, or a mapping like
             ``ttl`` in langgraph.json; None for ever. A thread may have its own.
         max_head_bytes: A state larger than this is not kept hot.
@@ -140,6 +149,7 @@ class Settings:
     thread_metadata: tuple[str, ...] = ()
     filterable_metadata: tuple[str, ...] = ()
     filterable_fields: tuple[str, ...] = ()
+    accept_plaintext: datetime | None = None
     retention: Retention | None = None
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
@@ -154,6 +164,8 @@ class Settings:
                 kinds = (int, float)
             elif one.name == "retention":
                 kinds = (Retention, NoneType)
+            elif one.name == "accept_plaintext":
+                kinds = (datetime, NoneType)
             value = getattr(self, one.name)
             names = " or ".join(kind.__name__ for kind in kinds)
             _require(
@@ -177,6 +189,11 @@ class Settings:
         _require(
             "vat_blind" not in self.thread_metadata, "thread_metadata must not name 'vat_blind'"
         )
+        until = self.accept_plaintext
+        _require(
+            until is None or until.utcoffset() is not None,
+            "accept_plaintext must have a time zone, as datetime.now(UTC) has",
+        )
         _require(
             self.retention is None or self.retention.metadata.keys() <= {*self.thread_metadata},
             "a policy's metadata must be among thread_metadata: by other keys it finds no thread",
@@ -191,6 +208,11 @@ class Settings:
             self.key_prefix.isidentifier(),
             "key_prefix must be letters, digits and underscores, and start with a letter",
         )
+
+    @property
+    def is_plaintext_accepted(self) -> bool:
+        """Whether the time of `accept_plaintext` has not come yet."""
+        return self.accept_plaintext is not None and _now() < self.accept_plaintext
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Settings":

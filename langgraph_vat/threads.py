@@ -8,10 +8,10 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Lifecycle
-from langgraph_vat._ops import reseal, retention, rewrite, rotate, sweep
+from langgraph_vat._ops import reseal, retention, rewrite, rotate, seal_existing, sweep
 from langgraph_vat._ops import search_threads as searching
 from langgraph_vat._ops.address import View
-from langgraph_vat._records import Resealed, Rewritten, Rotated, Swept, ThreadInfo
+from langgraph_vat._records import Resealed, Rewritten, Rotated, Sealed, Swept, ThreadInfo
 from langgraph_vat.errors import ConfigurationError, InvalidInputError
 from langgraph_vat.settings import STORAGES, Retention
 
@@ -229,6 +229,32 @@ class Threads:
         reseal.check_age(shared.keyring, max_age_s)
         prefix = self._everything
         return await reseal.reseal(shared, backend, self._serde, prefix=prefix, max_age_s=max_age_s)
+
+    def seal_existing(self) -> Sealed:
+        """
+        Seal the threads that were written without a keyring, while all goes on.
+
+        Every process must have the keyring and `Settings.accept_plaintext` before, and no other
+        saver write any more. A thread is sealed whole, in one transaction, for which its steps
+        wait: about a second for ten thousand values. It may be stopped at any moment; run again,
+        it goes on. When none is `left`, leave `accept_plaintext` out, everywhere. Backups, the
+        WAL and an append-only file from before still have what was in the clear.
+
+        Raises:
+            ConfigurationError: There is no keyring, or the time of `accept_plaintext` has come.
+            UnavailableError: A tier does not answer. What was sealed is.
+        """
+        return drive(self._seal_existing(self._life.blocking()))
+
+    async def aseal_existing(self) -> Sealed:
+        """Like `seal_existing`."""
+        return await self._seal_existing(await self._life.asyncio())
+
+    async def _seal_existing(self, backend: Backend) -> Sealed:
+        shared = self._life.shared
+        seal_existing.check_window(shared.keyring, shared.settings)
+        prefix = self._everything
+        return await seal_existing.seal_existing(shared, backend, self._serde, prefix=prefix)
 
     def shred(self, thread_id: str) -> None:
         """

@@ -60,12 +60,12 @@ SELECT EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
 # The lock that orders a thread's flushes and changes of history. Sorted, so
 # that two transactions never wait for each other.
 LOCK_THREADS: LiteralString = """
-SELECT thread_id, generation::text, history, flushed FROM vat_threads
+SELECT thread_id, generation::text, history, flushed, data_key IS NOT NULL FROM vat_threads
 WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE
 """
 
 TRY_LOCK_THREADS: LiteralString = """
-SELECT thread_id, generation::text, history, flushed FROM vat_threads
+SELECT thread_id, generation::text, history, flushed, data_key IS NOT NULL FROM vat_threads
 WHERE thread_id = ANY(%(threads)s) ORDER BY thread_id FOR UPDATE SKIP LOCKED
 """
 
@@ -908,6 +908,89 @@ SEALED_THREADS: LiteralString = """
 SELECT thread_id FROM vat_threads
 WHERE data_key <> '' AND thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
 ORDER BY thread_id LIMIT %(limit)s
+"""
+
+# --- sealing what is in the clear ------------------------------------------
+
+# In the order of thread ids, those that have no data key; and those that only another
+# saver knows.
+PLAIN_THREADS: LiteralString = """
+SELECT thread_id FROM vat_threads
+WHERE data_key IS NULL AND thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+ORDER BY thread_id LIMIT %(limit)s
+"""
+
+NEXT_STRANGER: LiteralString = """
+SELECT thread_id FROM (
+    (SELECT thread_id FROM checkpoints c
+     WHERE thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+     AND NOT EXISTS (SELECT FROM vat_threads t WHERE t.thread_id = c.thread_id)
+     ORDER BY thread_id LIMIT 1)
+    UNION ALL
+    (SELECT thread_id FROM checkpoint_writes w
+     WHERE thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+     AND NOT EXISTS (SELECT FROM vat_threads t WHERE t.thread_id = w.thread_id)
+     ORDER BY thread_id LIMIT 1)
+) AS s
+ORDER BY thread_id LIMIT 1
+"""
+
+SELECT_DATA_KEY: LiteralString = "SELECT data_key FROM vat_threads WHERE thread_id = %(thread)s"
+
+GIVE_DATA_KEY: LiteralString = """
+UPDATE vat_threads SET data_key = %(data_key)s WHERE thread_id = %(thread)s AND data_key IS NULL
+"""
+
+SELECT_NAMESPACES: LiteralString = """
+SELECT checkpoint_ns FROM checkpoints WHERE thread_id = %(thread)s
+UNION SELECT checkpoint_ns FROM checkpoint_writes WHERE thread_id = %(thread)s
+"""
+
+PLAIN_BLOBS: LiteralString = """
+SELECT checkpoint_ns, channel, version, type, blob FROM checkpoint_blobs
+WHERE thread_id = %(thread)s AND blob IS NOT NULL AND type <> 'empty'
+AND (checkpoint_ns, channel, version) > (%(after_0)s, %(after_1)s, %(after_2)s)
+ORDER BY checkpoint_ns, channel, version LIMIT %(limit)s
+"""
+
+# What LangGraph's own serializer encrypted, and something builds on.
+ENCRYPTED_BASES: LiteralString = """
+SELECT checkpoint_ns, channel, version FROM checkpoint_blobs b
+WHERE thread_id = %(thread)s AND split_part(type, '+', 2) = 'aes' AND (EXISTS (
+    SELECT FROM checkpoint_blobs o WHERE o.thread_id = b.thread_id
+    AND o.checkpoint_ns = b.checkpoint_ns AND o.channel = b.channel
+    AND b.version = ANY(o.vat_bases)
+) OR EXISTS (
+    SELECT FROM checkpoint_writes o WHERE o.thread_id = b.thread_id
+    AND o.checkpoint_ns = b.checkpoint_ns AND o.channel = b.channel
+    AND b.version = ANY(o.vat_bases)
+))
+"""
+
+PLAIN_WRITES: LiteralString = """
+SELECT checkpoint_ns, checkpoint_id, task_id, idx, channel, coalesce(type, ''), blob
+FROM checkpoint_writes
+WHERE thread_id = %(thread)s
+AND (checkpoint_ns, checkpoint_id, task_id, idx)
+    > (%(after_0)s, %(after_1)s, %(after_2)s, %(after_3)s)
+ORDER BY checkpoint_ns, checkpoint_id, task_id, idx LIMIT %(limit)s
+"""
+
+PLAIN_CHECKPOINTS: LiteralString = """
+SELECT checkpoint_ns, checkpoint_id, checkpoint, metadata, coalesce(vat_type, ''), vat_exact
+FROM checkpoints
+WHERE thread_id = %(thread)s AND (checkpoint_ns, checkpoint_id) > (%(after_0)s, %(after_1)s)
+ORDER BY checkpoint_ns, checkpoint_id LIMIT %(limit)s
+"""
+
+SEAL_CHECKPOINTS: LiteralString = """
+UPDATE checkpoints c SET checkpoint = n.checkpoint::jsonb, metadata = n.metadata::jsonb,
+    vat_type = n.type, vat_exact = n.exact
+FROM unnest(%(namespaces)s::text[], %(ids)s::text[], %(checkpoints)s::text[],
+            %(metadata)s::text[], %(types)s::text[], %(exacts)s::bytea[])
+    AS n (checkpoint_ns, checkpoint_id, checkpoint, metadata, type, exact)
+WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = n.checkpoint_ns
+AND c.checkpoint_id = n.checkpoint_id
 """
 
 # --- rewriting -----------------------------------------------------------

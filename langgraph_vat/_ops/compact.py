@@ -94,7 +94,7 @@ async def pack_entries(
     stored = await _Stored.read(session, codecs, list(new))
     packing.present = {key for key in stored.present if stored.value(key) == new[key]}
     for key in stored.present - packing.present:
-        await _make_whole(session, codecs[key[0]], key)
+        await make_whole(session, codecs[key[0]], key)
         lines[key[:3]] = _Line()  # nothing more builds on what was there
     for key, value in new.items():
         if is_compact and key not in packing.present:
@@ -140,7 +140,7 @@ async def _codecs(
     for thread_id in {thread_id for thread_id, _ in pairs}:
         known: Known | None = Known(fences[thread_id], None)
         if shared.keyring is not None:
-            known = shared.threads.get(thread_id)
+            known = shared.known(thread_id)
             if known is not None:
                 known = await known_in(shared, session, thread_id, fences[thread_id])
         if known is not None:
@@ -279,7 +279,7 @@ def _bases(line: _Line, count: int) -> set[str]:
     return found
 
 
-async def _make_whole(session: Session, codec: Codec, key: BlobKey) -> None:
+async def make_whole(session: Session, codec: Codec, key: BlobKey) -> None:
     """Have nothing build on a version that is about to get another value."""
     thread_id, ns, channel, version = key
     params = {"thread": thread_id, "namespace": ns, "channel": channel, "version": version}

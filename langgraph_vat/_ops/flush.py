@@ -17,7 +17,7 @@ import logging
 from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._durable.rows import columns
@@ -26,7 +26,8 @@ from langgraph_vat._hot.entries import parse_entry
 from langgraph_vat._io.protocols import Arg, Backend, Hot, HotTierError, Row, Session
 from langgraph_vat._ops.compact import Packed, Packing, pack_entries
 from langgraph_vat._ops.patches import made_whole
-from langgraph_vat._ops.shared import Shared, now
+from langgraph_vat._ops.plain import is_in_the_clear, sealed_entry
+from langgraph_vat._ops.shared import Shared, known_in, now
 from langgraph_vat._ops.tiers import degrade, holds_epoch, hot_to_write
 from langgraph_vat._records import Entry, Fence, PutEntry
 from langgraph_vat.errors import (
@@ -60,6 +61,8 @@ class _Batch:
     unread: int = 0
     """Entries at the journal's end that only a process with the thread's key can read."""
     held: set[bytes] = field(default_factory=set)
+    own: set[bytes] = field(default_factory=set)
+    """Entries that this process took itself, and has from its own memory."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -123,13 +126,14 @@ async def commit(shared: Shared, backend: Backend, thread_id: str, entry: Entry)
     async def body(session: Session) -> bytes | _Batch:
         if backend.hot is not None and not await holds_epoch(shared, session):
             return b"hot"
-        fences, _ = await _lock(shared, session, [thread_id], wait=True)
-        if fences.get(thread_id) != entry.fence:
+        locked = await _lock(shared, session, [thread_id], wait=True)
+        if locked.fences.get(thread_id) != entry.fence:
             return b"stale"
         if isinstance(entry, PutEntry) and await _is_fork(shared, session, thread_id, entry):
             return b"conflict"
-        batch = _Batch(thread_id, [], [*shared.copies.of(thread_id), entry])
-        await _write(shared, session, fences, [batch])
+        own = [*shared.copies.of(thread_id), entry]
+        batch = _Batch(thread_id, [], own, own={one.uid for one in own})
+        await _write(shared, session, locked, [batch])
         return batch
 
     done = await backend.durable.transact(body)
@@ -218,7 +222,8 @@ async def _flush_some(
     async def body(session: Session) -> list[_Batch] | None:
         if is_past and not await holds_epoch(shared, session):
             return None
-        fences, mine = await _lock(shared, session, thread_ids, wait=wait)
+        locked = await _lock(shared, session, thread_ids, wait=wait)
+        fences, mine = locked.fences, locked.mine
         batches = [await _read(shared, session, hot, t, fences.get(t)) for t in mine]
         born.clear()
         # What was read since may be of the next life of one that exists now. Of the others
@@ -226,7 +231,7 @@ async def _flush_some(
         born.update(await _existing(session, [t for t in mine if t not in fences]))
         batches = [batch for batch in batches if batch.thread_id not in born]
         if any(batch.entries for batch in batches):
-            await _write(shared, session, fences, batches)
+            await _write(shared, session, locked, batches)
             await _note_flushed(session, batches)
         return batches
 
@@ -272,11 +277,21 @@ def note_durable(shared: Shared, *, is_away: bool) -> None:
     shared.is_durable_away = is_away
 
 
+class _Locked(NamedTuple):
+    """Threads under lock."""
+
+    fences: dict[str, Fence]
+    sealed: set[str]
+    """Those that have a data key, also if it was destroyed."""
+    mine: Sequence[str]
+    """Those that are ours to flush."""
+
+
 async def _lock(
     shared: Shared, session: Session, thread_ids: Sequence[str], *, wait: bool
-) -> tuple[dict[str, Fence], Sequence[str]]:
+) -> _Locked:
     """
-    Lock what can be; return the fences, and the threads that are ours to flush.
+    Lock what can be.
 
     Copies that other processes have stored go: to store them once more would
     undo what came since.
@@ -284,14 +299,16 @@ async def _lock(
     params = {"threads": list(thread_ids)}
     rows = await session.fetch(sql.LOCK_THREADS if wait else sql.TRY_LOCK_THREADS, params)
     fences = {row[0]: Fence(*row[1:3]) for row in rows}
-    for thread_id, _, _, flushed in rows:
+    sealed = {row[0] for row in rows if row[4]}
+    for thread_id, _, _, flushed, _ in rows:
         shared.copies.drop(thread_id, flushed)
     if wait or len(fences) == len(thread_ids):
-        return fences, thread_ids
+        return _Locked(fences, sealed, thread_ids)
     # Of the others, those that exist are being flushed by someone. A deleted
     # one's journal is ours to discard.
     existing = await _existing(session, thread_ids)
-    return fences, [t for t in thread_ids if t in fences or t not in existing]
+    mine = [t for t in thread_ids if t in fences or t not in existing]
+    return _Locked(fences, sealed, mine)
 
 
 async def _existing(session: Session, thread_ids: Sequence[str]) -> set[str]:
@@ -306,7 +323,7 @@ async def _read(
 ) -> _Batch:
     own = {entry.uid: entry for entry in shared.copies.of(thread_id)}
     if hot is None:
-        return _Batch(thread_id, [], list(own.values()))
+        return _Batch(thread_id, [], list(own.values()), own=set(own))
     # What this process has need not travel again.
     raw = await hot.script(scripts.JOURNAL, [shared.keys.journal(thread_id)], list(own))
     journal = [
@@ -318,16 +335,18 @@ async def _read(
     entries = [entry for _, entry in journal]
     whole = await made_whole(shared, session, thread_id, fence, entries, left)
     ids = (entry_id for entry_id, _ in journal)
-    return _Batch(thread_id, list(zip(ids, whole, strict=False)), left, len(entries) - len(whole))
+    pairs = list(zip(ids, whole, strict=False))
+    return _Batch(thread_id, pairs, left, len(entries) - len(whole), own=set(own))
 
 
-async def _write(
-    shared: Shared, session: Session, fences: dict[str, Fence], batches: list[_Batch]
-) -> None:
-    wanted = {
-        batch.thread_id: [e for e in batch.entries if _same_life(e, fences.get(batch.thread_id))]
-        for batch in batches
-    }
+async def _write(shared: Shared, session: Session, locked: _Locked, batches: list[_Batch]) -> None:
+    fences, wanted = locked.fences, {}
+    for batch in batches:
+        fence = fences.get(batch.thread_id)
+        same = [entry for entry in batch.entries if _same_life(entry, fence)]
+        if fence is not None and batch.thread_id in locked.sealed:
+            same = await _admitted(shared, session, batch, fence, same)
+        wanted[batch.thread_id] = same
     checks = await _check(session, fences, wanted)
     for batch in batches:
         fence = fences.get(batch.thread_id)
@@ -338,6 +357,40 @@ async def _write(
         is_compact = shared.settings.storage == "compact"
         packing = await pack_entries(shared, session, pairs, fences, is_compact=is_compact)
         await _insert(session, pairs, packing, shared.settings.thread_metadata)
+
+
+async def _admitted(
+    shared: Shared, session: Session, batch: _Batch, fence: Fence, entries: list[Entry]
+) -> list[Entry]:
+    """
+    Return the entries of a sealed thread, with nothing of them in the clear.
+
+    What this process took itself before the thread was sealed is sealed here. Else
+    nobody's is: it was stored before the thread got its key, or was put there since.
+    """
+    is_clear = {entry.uid for entry in entries if is_in_the_clear(entry)}
+    if not is_clear:
+        return entries
+    if strange := is_clear - batch.own:
+        logger.error(
+            "entries (%d) in the journal of thread %r are in the clear, and it is sealed: they were"
+            " dropped. Redis went back to before it was sealed, or somebody else writes to it.",
+            len(strange),
+            batch.thread_id,
+        )
+    kept = [entry for entry in entries if entry.uid not in strange]
+    if is_clear <= strange:
+        return kept
+    known = await known_in(shared, session, batch.thread_id, fence)
+    if known is None or not known.is_sealed:
+        raise RefusedError(
+            f"thread {batch.thread_id!r} was sealed since this process took its steps, and they"
+            " cannot be sealed here. Restart it with keyring= and accept_plaintext=."
+        )
+    return [
+        sealed_entry(shared, batch.thread_id, known, entry) if entry.uid in is_clear else entry
+        for entry in kept
+    ]
 
 
 async def _note_flushed(session: Session, batches: list[_Batch]) -> None:

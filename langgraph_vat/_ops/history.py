@@ -23,13 +23,13 @@ from langgraph_vat._ops.address import tenant_of
 from langgraph_vat._ops.flush import flush, overdue
 from langgraph_vat._ops.hot import read_head
 from langgraph_vat._ops.shared import Known, Shared, open_tokens, tokens
-from langgraph_vat._ops.threads import find, find_all
+from langgraph_vat._ops.threads import find, find_all, is_torn
 from langgraph_vat._ops.tiers import degrade, hot_to_read
-from langgraph_vat._ops.values import READABLE_METADATA, Unpacker, to_tuple
+from langgraph_vat._ops.values import READABLE_METADATA, Unpacker, to_tuple, without_values
 from langgraph_vat._plain import is_plain
 from langgraph_vat._records import Blob, Snapshot, Write
 from langgraph_vat._seal.blind_index import BLIND
-from langgraph_vat._seal.codec import Codec, SealedCodec
+from langgraph_vat._seal.codec import Codec, SealedCodec, is_sealed
 from langgraph_vat.errors import SealError
 
 _PAGE = 100
@@ -94,7 +94,10 @@ async def get_one(
     params = {"thread": thread_id, "namespace": checkpoint_ns, "checkpoint": checkpoint_id}
     rows = await backend.durable.fetch(sql.SELECT_ONE, params)
     known = await _known(shared, backend, thread_id) if rows else None
-    return (to_snapshot(rows[0]), known) if known else None
+    if known is None:
+        return None
+    snapshot = await _untorn(backend, known, to_snapshot(rows[0]))
+    return (snapshot, known) if snapshot else None
 
 
 async def page(
@@ -128,6 +131,10 @@ async def page(
         if known is None:
             continue  # deleted meanwhile, or shredded
         thread_id = snapshot.thread_id
+        untorn = await _untorn(backend, known, snapshot)
+        if untorn is None:
+            continue
+        snapshot = untorn if listing.has_values else without_values(untorn)
         result = to_tuple(snapshot, known.codec(serde, thread_id), thread_id)
         if all(result.metadata.get(key) == value for key, value in listing.filter.items()):
             found.append((thread_id, result))
@@ -135,6 +142,19 @@ async def page(
         return found, None
     thread_id, namespace, checkpoint_id = rows[-1][:3]
     return found, (checkpoint_id, thread_id, namespace)
+
+
+async def _untorn(backend: Backend, known: Known, snapshot: Snapshot) -> Snapshot | None:
+    """Return a checkpoint as it is now, if its thread was sealed since; None if it is gone."""
+    if not is_torn(known, snapshot):
+        return snapshot
+    params = {
+        "thread": snapshot.thread_id,
+        "namespace": snapshot.checkpoint_ns,
+        "checkpoint": snapshot.checkpoint_id,
+    }
+    rows = await backend.durable.fetch(sql.SELECT_ONE, params)
+    return to_snapshot(rows[0]) if rows else None
 
 
 async def _page_rows(
@@ -211,6 +231,9 @@ async def delta_history(
     }
     rows = await backend.durable.fetch(sql.SELECT_DELTA_HISTORY, params)
     known = await _known(shared, backend, thread_id)
+    if known is not None and known.is_sealed and not all(is_sealed(row[7] or "") for row in rows):
+        # It was sealed in between.
+        rows = await backend.durable.fetch(sql.SELECT_DELTA_HISTORY, params)
     codec = known.codec(serde, thread_id) if known else None
     return {
         channel: _history(codec, checkpoint_ns, channel, [r for r in rows if r[3] == channel])

@@ -49,7 +49,7 @@ from langgraph_vat._ops.address import tenant_of
 from langgraph_vat._ops.flush import commit, flush
 from langgraph_vat._ops.patches import to_send
 from langgraph_vat._ops.shared import Known, Shared, now, open_tokens, tokens
-from langgraph_vat._ops.threads import fill, find, select_latest, settle
+from langgraph_vat._ops.threads import fill, find, read_latest, settle
 from langgraph_vat._ops.tiers import degrade, hot_to_read, hot_to_write, is_still
 from langgraph_vat._ops.values import encode_put, encode_writes
 from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot, WritesEntry
@@ -319,8 +319,10 @@ def _snapshot(thread_id: str, checkpoint_ns: str, head: Head, core: Core) -> Sna
 async def _known_by_fence(
     shared: Shared, backend: Backend, thread_id: str, fence: Fence, snapshot: Snapshot | None
 ) -> Known | None:
-    known = shared.threads.get(thread_id)
-    if known is not None and known.fence == fence:
+    known = shared.known(thread_id)
+    # That it is plain must be asked for: a head from before it was sealed may be back.
+    is_sure = known is not None and (known.data_key is not None or shared.keyring is None)
+    if known is not None and is_sure and known.fence == fence:
         return known
     if shared.keyring is None and snapshot is not None and not is_sealed(snapshot.exact_type):
         known = Known(fence, None)
@@ -336,9 +338,7 @@ async def _read_durable(
 ) -> tuple[Snapshot, Known] | None:
     if shared.copies.of(thread_id):
         await flush(shared, backend, [thread_id])
-    snapshot = await select_latest(backend, thread_id, checkpoint_ns)
-    # After the rows: it opens what was sealed anew meanwhile, too.
-    known = await find(shared, backend, thread_id, create=False)
+    known, snapshot = await read_latest(shared, backend, thread_id, checkpoint_ns, create=False)
     return (snapshot, known) if known and snapshot else None
 
 
@@ -517,7 +517,7 @@ async def _renew(shared: Shared, backend: Backend, new: Put | PutWrites, known: 
 
 
 async def _known_to_put(shared: Shared, backend: Backend, new: Put) -> Known:
-    known = shared.threads.get(new.thread_id)
+    known = shared.known(new.thread_id)
     if known is not None:
         return known
     known = await find(shared, backend, new.thread_id, create=not new.parent_id)
@@ -530,7 +530,7 @@ async def _known_to_put(shared: Shared, backend: Backend, new: Put) -> Known:
 async def _known_to_write(shared: Shared, backend: Backend, new: PutWrites) -> Known:
     if shared.threads.is_gone(new.thread_id):
         raise _deleted(shared, new.thread_id)
-    known = shared.threads.get(new.thread_id)
+    known = shared.known(new.thread_id)
     known = known or await find(shared, backend, new.thread_id, create=True)
     if known is None:
         raise _deleted(shared, new.thread_id)

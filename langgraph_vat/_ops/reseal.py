@@ -14,10 +14,9 @@ alone, and counted.
 
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from typing import Any, LiteralString, NamedTuple
+from typing import Any
 
 import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -27,6 +26,7 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.address import tenant_of
 from langgraph_vat._ops.keys import wrap_key
+from langgraph_vat._ops.rows import EXACTS, KINDS, Kind, exact_place, store
 from langgraph_vat._ops.shared import (
     NO_SERDE,
     SHREDDED,
@@ -37,7 +37,6 @@ from langgraph_vat._ops.shared import (
     tokens,
 )
 from langgraph_vat._ops.threads import change_history, find
-from langgraph_vat._ops.values import blob_place
 from langgraph_vat._records import Fence, Resealed
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
@@ -53,33 +52,6 @@ _MOST_ROWS = 64
 KEPT_S = 86_400
 
 
-class _Kind(NamedTuple):
-    """Rows that are sealed: how they are found, stored, and bound to their place."""
-
-    select: LiteralString
-    update: LiteralString
-    names: tuple[str, ...]
-    place: Callable[..., tuple[str, ...]]
-
-
-def _write_place(ns: str, checkpoint: str, task: str, idx: int, channel: str) -> tuple[str, ...]:
-    return "write", ns, checkpoint, task, str(idx), channel
-
-
-def _exact_place(ns: str, checkpoint: str) -> tuple[str, ...]:
-    return "metadata", ns, checkpoint
-
-
-_EXACTS = _Kind(sql.SEALED_EXACTS, sql.RESEAL_EXACTS, ("namespaces", "ids"), _exact_place)
-_KINDS = (
-    _Kind(sql.SEALED_BLOBS, sql.RESEAL_BLOBS, ("namespaces", "channels", "versions"), blob_place),
-    _Kind(
-        sql.SEALED_WRITES, sql.RESEAL_WRITES, ("namespaces", "ids", "tasks", "idxs"), _write_place
-    ),
-    _EXACTS,
-)
-
-
 async def seal_rows(
     session: Session,
     thread_id: str,
@@ -93,25 +65,17 @@ async def seal_rows(
     Raises:
         SealError: One of them does not open.
     """
-    for kind in _KINDS:
+    for kind in KINDS:
         params = {"thread": thread_id, "header": data_key.header, "limit": None, "left": 0}
         rows = await session.fetch(kind.select, params)
-        await _store(session, thread_id, kind, [_again(kind, source, target, row) for row in rows])
+        await store(session, thread_id, kind, [_again(kind, source, target, row) for row in rows])
 
 
-def _again(kind: _Kind, source: Codec, target: Codec, row: Row) -> tuple[Any, ...]:
+def _again(kind: Kind, source: Codec, target: Codec, row: Row) -> tuple[Any, ...]:
     """Return a row's key and its value under another seal."""
     *where, type_, data = row
     place = kind.place(*where)
-    return *where[: len(kind.names)], *target.seal(*source.open(type_, data, *place), *place)
-
-
-async def _store(
-    session: Session, thread_id: str, kind: _Kind, rows: list[tuple[Any, ...]]
-) -> None:
-    if rows:
-        params = {"thread": thread_id, **columns(rows, *kind.names, "types", "blobs")}
-        await session.execute(kind.update, params)
+    return kind.new(row, target.seal(*source.open(type_, data, *place), *place))
 
 
 def check_age(keyring: KeyWrapper | None, max_age_s: Any) -> None:
@@ -203,11 +167,11 @@ async def _seal_pages(
 ) -> tuple[int, int]:
     """Seal what another key sealed anew, a page at a time; return how much, and what is left."""
     values = left = 0
-    for kind in _KINDS:
+    for kind in KINDS:
         skipped, size = 0, _MOST_ROWS
         while size == _MOST_ROWS:
 
-            async def body(session: Session, kind: _Kind = kind, skipped: int = skipped) -> Any:
+            async def body(session: Session, kind: Kind = kind, skipped: int = skipped) -> Any:
                 return await _seal_page(shared, session, serde, thread_id, kind, skipped)
 
             size, stored = await backend.durable.transact(body)
@@ -221,7 +185,7 @@ async def _seal_page(
     session: Session,
     serde: SerializerProtocol,
     thread_id: str,
-    kind: _Kind,
+    kind: Kind,
     skipped: int,
 ) -> tuple[int, int]:
     rows = await session.fetch(sql.LOCK_THREADS, {"threads": [thread_id]})
@@ -238,8 +202,8 @@ async def _seal_page(
             new.append(_again(kind, codec, codec, row))
         except SealError:
             continue
-    await _store(session, thread_id, kind, new)
-    if kind is _EXACTS and shared.index_key is not None:
+    await store(session, thread_id, kind, new)
+    if kind is EXACTS and shared.index_key is not None:
         await _add_tokens(shared, session, thread_id, known.codec(serde, thread_id), new)
     return len(found), len(new)
 
@@ -251,7 +215,7 @@ async def _add_tokens(
     new = []
     for ns, checkpoint_id, type_, exact in rows:
         with suppress(Exception):  # a serializer may raise anything
-            metadata, _ = codec.load(type_, exact, *_exact_place(ns, checkpoint_id))
+            metadata, _ = codec.load(type_, exact, *exact_place(ns, checkpoint_id))
             found = tokens(shared, tenant_of(thread_id), metadata)
             new.append((ns, checkpoint_id, orjson.dumps(found).decode()))
     if new:
@@ -269,7 +233,7 @@ async def _drop(shared: Shared, backend: Backend, thread_id: str) -> bool:
         if known is None or known.data_key is None or not is_due(known.data_key):
             return
         params = {"thread": thread_id, "header": known.data_key.header, "limit": 1, "left": 0}
-        is_dropped = not any([await session.fetch(kind.select, params) for kind in _KINDS])
+        is_dropped = not any([await session.fetch(kind.select, params) for kind in KINDS])
         if is_dropped:
             await _set_key(shared, session, thread_id, fence, known.data_key.alone())
 

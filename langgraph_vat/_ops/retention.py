@@ -17,8 +17,9 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.history import flush_waiting
+from langgraph_vat._ops.plain import Sealer, seal_thread
 from langgraph_vat._ops.reseal import seal_rows
-from langgraph_vat._ops.shared import Shared, known_in, recount
+from langgraph_vat._ops.shared import Known, Shared, known_in, open_tokens, recount
 from langgraph_vat._ops.threads import change_history, find
 from langgraph_vat._records import Fence
 from langgraph_vat.errors import InvalidInputError
@@ -131,8 +132,9 @@ async def copy_thread(
     await flush_waiting(shared, backend, source_id)
     target = await find(shared, backend, target_id, create=True)
     assert target is not None
+    await open_tokens(shared, backend)
 
-    async def body(session: Session, _: Fence) -> None:
+    async def body(session: Session, fence: Fence) -> None:
         # The source's lock after the target's may deadlock with the opposite copy;
         # Postgres then ends one of the two, and its second attempt succeeds.
         locked = await session.fetch(sql.LOCK_THREADS, {"threads": [source_id]})
@@ -145,14 +147,36 @@ async def copy_thread(
             await session.execute(statement, {"thread": source_id, "target": target_id})
         if checkpoint_id is not None:
             await _keep_ancestors(session, source_id, target_id, checkpoint_id)
-        if target.data_key is not None:
-            # Its key may be another one since it was found.
-            known = await known_in(shared, session, source_id, Fence(*locked[0][1:3]))
-            codecs = (known or source).codec(serde, source_id), target.codec(serde, target_id)
-            await seal_rows(session, target_id, *codecs, target.data_key)
+        # Their keys may be others since they were found.
+        present = await known_in(shared, session, source_id, Fence(*locked[0][1:3])) or source
+        new = await known_in(shared, session, target_id, fence) or target
+        await _seal_copy(shared, session, serde, (source_id, present), (target_id, new))
         await recount(shared, session, target_id)
 
     await change_history(shared, backend, target_id, body)
+
+
+async def _seal_copy(
+    shared: Shared,
+    session: Session,
+    serde: SerializerProtocol,
+    source: tuple[str, Known],
+    target: tuple[str, Known],
+) -> None:
+    """Seal rows that were copied as the target's."""
+    (source_id, known), (target_id, new) = source, target
+    if new.data_key is None:
+        if known.is_sealed:
+            raise InvalidInputError(
+                f"thread {source_id!r} is sealed and {target_id!r} is not; nothing was copied."
+                " Delete it first"
+            )
+        return
+    codec = new.codec(serde, target_id)
+    if known.is_sealed:
+        await seal_rows(session, target_id, known.codec(serde, source_id), codec, new.data_key)
+    else:
+        await seal_thread(session, target_id, Sealer(shared, target_id, serde, codec))
 
 
 async def _keep_ancestors(

@@ -46,6 +46,11 @@ class Known(NamedTuple):
     fence: Fence
     data_key: DataKey | None
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether its values are, all of them."""
+        return self.data_key is not None
+
     def codec(self, serde: SerializerProtocol, thread_id: str) -> Codec:
         """Return the codec of the thread's values."""
         return codec_for(serde, self.data_key, "checkpoint", thread_id, self.fence.generation)
@@ -136,6 +141,8 @@ class Shared:
     bases: Bases = field(default_factory=Bases)
     threads: KnownThreads = field(default_factory=KnownThreads)
     opened: OpenedKeys = field(default_factory=OpenedKeys)
+    serde: SerializerProtocol = NO_SERDE
+    """That of the saver."""
     index_key: IndexKey | None = None
     """The key of the tokens of metadata, once it was needed."""
     counters: Counters = field(default_factory=Counters)
@@ -159,6 +166,17 @@ class Shared:
         """Super-steps of a thread that may wait in this Redis; 1 for none."""
         must_be_durable = self.may_evict_journals or self.is_closing
         return 1 if must_be_durable else self.settings.flush_every
+
+    @property
+    def may_be_plain(self) -> bool:
+        """Whether threads without a data key are read, as of now."""
+        return self.keyring is None or self.settings.is_plaintext_accepted
+
+    def known(self, thread_id: str) -> Known | None:
+        """Return what is remembered of a thread; nothing of a plain one that is refused now."""
+        known = self.threads.get(thread_id)
+        is_refused = known is not None and known.data_key is None and not self.may_be_plain
+        return None if is_refused else known
 
     @property
     def filterable(self) -> Sequence[str]:
@@ -219,7 +237,7 @@ async def known_in(shared: Shared, session: Session, thread_id: str, fence: Fenc
     Nor is it if whoever wraps keys does not answer, or not this process: one thread's trouble
     stops no others.
     """
-    known = shared.threads.get(thread_id)
+    known = shared.known(thread_id)
     if known is not None and known.fence == fence:
         return known
     rows = await session.fetch(sql.FIND_THREAD, {"thread": thread_id})
@@ -234,7 +252,7 @@ async def unwrapped(
     shared: Shared, runner: Runner, thread_id: str, generation: str, wrapped: bytes | None
 ) -> DataKey | None:
     """
-    Return a thread's data key; None if it is not sealed.
+    Return a thread's data key; None if it is not sealed, and need not be.
 
     Raises:
         SealError: It is sealed and this saver is not, or the reverse; or it was shredded.
@@ -245,7 +263,7 @@ async def unwrapped(
             f"thread {thread_id!r} was shredded: its data key is destroyed and nobody can read what"
             " it holds. Nothing was written. Delete it to use its id again."
         )
-    if wrapped is None and shared.keyring is None:
+    if wrapped is None and shared.may_be_plain:
         return None
     if shared.keyring is None:
         msg = f"thread {thread_id!r} is sealed and this saver has no keyring; pass keyring="
@@ -253,7 +271,9 @@ async def unwrapped(
     if wrapped is None:
         msg = (
             f"thread {thread_id!r} was written without encryption and this saver has a keyring, so"
-            " it is refused, not trusted. Read it with a saver that has no keyring, or delete it."
+            " it is refused, not trusted; nothing was changed. Set accept_plaintext= and have"
+            " threads.seal_existing() seal it, read it with a saver that has no keyring, or delete"
+            " it."
         )
         raise SealError(msg)
     bound = key_place(thread_id, generation)

@@ -40,8 +40,9 @@ from langgraph_vat._ops.values import (
     with_sends,
 )
 from langgraph_vat._records import Blob, Core, Fence, Snapshot, Write
-from langgraph_vat._seal.codec import Codec
+from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat._seal.data_key import DataKey, OtherKeyError
+from langgraph_vat.errors import UnavailableError
 
 # A live process changes a thread's history within this time, in seconds.
 _CLOSED_PAUSE_S = 0.05
@@ -168,9 +169,9 @@ async def fill(
         known = await find(shared, backend, thread_id, create=create)
         if known is None:
             return None, None
-        snapshot = await select_latest(backend, thread_id, checkpoint_ns)
-        if ticket is None:
-            continue
+        snapshot = await _select_latest(backend, thread_id, checkpoint_ns)
+        if ticket is None or (snapshot and known.is_sealed != is_sealed(snapshot.exact_type)):
+            continue  # or it was sealed since the key was read
         codec = known.codec(serde, thread_id)
         try:
             place = (known.fence.generation, thread_id, checkpoint_ns)
@@ -190,8 +191,25 @@ async def fill(
             shared.bases.learn(thread_id, checkpoint_ns, held)
             return known, snapshot
     if shared.keyring is not None:
-        known = await find(shared, backend, thread_id, create=create)
+        return await read_latest(shared, backend, thread_id, checkpoint_ns, create=create)
     return known, snapshot
+
+
+async def read_latest(
+    shared: Shared, backend: Backend, thread_id: str, checkpoint_ns: str, *, create: bool
+) -> tuple[Known | None, Snapshot | None]:
+    """Return what `fill` does, and keep nothing hot."""
+    snapshot = await _select_latest(backend, thread_id, checkpoint_ns)
+    # After the rows: it opens what was sealed anew meanwhile, too.
+    known = await find(shared, backend, thread_id, create=create)
+    if known is not None and snapshot is not None and is_torn(known, snapshot):
+        snapshot = await _select_latest(backend, thread_id, checkpoint_ns)
+    return known, snapshot
+
+
+def is_torn(known: Known, snapshot: Snapshot) -> bool:
+    """Whether a checkpoint may have been read before its thread was sealed: read it again."""
+    return known.is_sealed and not is_sealed(snapshot.exact_type)
 
 
 async def _flushed_ticket(
@@ -217,7 +235,7 @@ async def _ticket(shared: Shared, backend: Backend, hot: Hot, thread_id: str) ->
     return reply[1] if reply[0] == b"ok" else None
 
 
-async def select_latest(backend: Backend, thread_id: str, checkpoint_ns: str) -> Snapshot | None:
+async def _select_latest(backend: Backend, thread_id: str, checkpoint_ns: str) -> Snapshot | None:
     """Return the newest checkpoint of a namespace that Postgres has."""
     params = {"thread": thread_id, "namespace": checkpoint_ns}
     rows = await backend.durable.fetch(sql.SELECT_LATEST, params)
@@ -339,16 +357,20 @@ async def change_history(
     *,
     is_deletion: bool = False,
     is_flushed: bool | None = None,
+    needs_hot: bool = False,
 ) -> bool:
     """
     Run `body` under the thread's lock, with no step and no cached read in between.
 
     `body` changes rows of the thread; the new fence, or no fence for a
     deletion, is committed with them. Before a deletion nothing is flushed,
-    unless `is_flushed` says so.
+    unless `is_flushed` says so. With `needs_hot` all must be flushed that waits in Redis.
 
     Returns:
         Whether there was such a thread.
+
+    Raises:
+        UnavailableError: Redis is needed, and does not answer; or Postgres does not.
     """
 
     async def alone(session: Session, _: Collection[str]) -> Collection[str]:
@@ -367,6 +389,7 @@ async def change_history(
             alone,
             is_deletion=is_deletion,
             is_flushed=not is_deletion if is_flushed is None else is_flushed,
+            needs_hot=needs_hot,
         ):
             return True
 
@@ -379,6 +402,7 @@ async def change_histories(
     *,
     is_deletion: bool,
     is_flushed: bool,
+    needs_hot: bool = False,
 ) -> Collection[str]:
     """
     Change those of some threads that are still at these fences, in one transaction.
@@ -390,6 +414,8 @@ async def change_histories(
     """
     hot, waiting = await _close(shared, backend, fences)
     is_past = hot is None and backend.hot is not None
+    if is_past and needs_hot:
+        raise UnavailableError("Redis does not answer, and may hold steps; nothing was changed")
     done: Collection[str] = ()
     try:
         dirty = [one for one in fences if one in waiting or shared.copies.of(one)]

@@ -322,6 +322,11 @@ def unpacked_write(
     return write._replace(type=type_, data=data, base="")
 
 
+def without_values(snapshot: Snapshot) -> Snapshot:
+    """Return a checkpoint without the values of channels, and without pending writes."""
+    return replace(snapshot, inline={}, blobs=(), writes=(), sends=(), bases=())
+
+
 def refuse_plaintext(snapshot: Snapshot, codec: Codec) -> None:
     """
     Refuse a sealed checkpoint whose readable part holds what we never leave there.

@@ -7,7 +7,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from langgraph_vat._seal.associated_data import encoded
-from langgraph_vat._seal.data_key import SUFFIXES, DataKey, suffix_of
+from langgraph_vat._seal.data_key import SUFFIXES, DataKey, OtherKeyError, suffix_of
 from langgraph_vat.errors import InvalidInputError, SealError
 
 
@@ -75,7 +75,10 @@ class PlainCodec:
     def open(self, type_: str, data: bytes, *_place: str) -> tuple[str, bytes]:
         """Refuse what is sealed."""
         if is_sealed(type_):
-            raise SealError("this data is sealed and no keyring was given; pass keyring=")
+            raise OtherKeyError(
+                "this data is sealed, and no keyring was given or its data key was taken away. It"
+                " was not used. Pass keyring=, or restore it from a backup."
+            )
         return type_, data
 
     def parse(self, type_: str, data: bytes) -> Any:
