@@ -17,9 +17,10 @@ from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
 from langgraph_vat._ops.schema import prepare
+from langgraph_vat._ops.seal_items import seal_roots
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
-from langgraph_vat._records import Resealed, Rotated
+from langgraph_vat._records import Resealed, Rotated, Sealed
 from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import KeyWrapper
@@ -44,7 +45,7 @@ class SemanticStore(Managed, BaseStore):
         keyring: Seals values; fields are then filtered after opening, but for
             `Settings.filterable_fields`. Ids and embeddings stay readable.
         serde: Serializer of what JSON cannot hold.
-        settings: Of a store, `Settings.filterable_fields`.
+        settings: Of a store, `Settings.filterable_fields` and `Settings.accept_plaintext`.
 
     Raises:
         ConfigurationError: The index or the TTL cannot work.
@@ -76,7 +77,9 @@ class SemanticStore(Managed, BaseStore):
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
         filterable = settings.filterable_fields if keyring is not None else ()
-        self._items = items.Items(vectors, keyring, serde or StrictSerializer(), filterable)
+        self._items = items.Items(
+            vectors, keyring, serde or StrictSerializer(), filterable, settings
+        )
 
     @classmethod
     def from_conn_string(
@@ -179,6 +182,19 @@ class SemanticStore(Managed, BaseStore):
     async def _reseal(self, backend: Backend, max_age_s: float) -> Resealed:
         check_age(self._items.keyring, max_age_s)
         return await reseal_roots(self._items, backend, max_age_s)
+
+    def seal_existing(self) -> Sealed:
+        """
+        Seal the items under first labels that have no data key; see `Threads.seal_existing`.
+
+        All under one first label are sealed in one transaction; whoever puts an item there
+        waits for it.
+        """
+        return drive(seal_roots(self._items, self._connections.blocking(self._needs)))
+
+    async def aseal_existing(self) -> Sealed:
+        """Like `seal_existing`."""
+        return await seal_roots(self._items, await self._connections.asyncio(self._needs))
 
     def shred(self, root: str) -> None:
         """

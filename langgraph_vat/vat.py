@@ -11,7 +11,7 @@ from langgraph.store.base import IndexConfig, TTLConfig
 from langgraph_vat._io.addresses import PostgresSource, RedisSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.managed import Managed
-from langgraph_vat._records import Resealed, Rotated
+from langgraph_vat._records import Resealed, Rotated, Sealed
 from langgraph_vat.embedded import EmbeddedServers
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import Keyring, KeyWrapper
@@ -222,6 +222,17 @@ class Vat(Managed):
             await self.store.areseal(max_age_s=max_age_s),
         )
         return Resealed(*map(sum, zip(*both, strict=True)))
+
+    def seal_existing(self) -> Sealed:
+        """Seal what both have in the clear; see `Threads.seal_existing`."""
+        both = self.checkpointer.threads.seal_existing(), self.store.seal_existing()
+        return Sealed(*map(sum, zip(*both, strict=True)))
+
+    async def aseal_existing(self) -> Sealed:
+        """Like `seal_existing`."""
+        threads, store = self.checkpointer.threads, self.store
+        both = await threads.aseal_existing(), await store.aseal_existing()
+        return Sealed(*map(sum, zip(*both, strict=True)))
 
     def close(self) -> None:
         """Flush, disconnect, and leave embedded servers, which stop with their last user."""

@@ -119,6 +119,52 @@ RETURNING data_key
 """
 )
 
+# What begins so: whether a root has a data key is decided alone, and holds for all who
+# write in the clear until they commit.
+_GUARD: LiteralString = "hashtext('langgraph_vat plain root'), hashtext(root)"
+GUARD_ROOTS: LiteralString = (
+    "SELECT pg_advisory_xact_lock_shared("
+    + _GUARD
+    + ") FROM (SELECT unnest(%(roots)s::text[]) AS root ORDER BY 1) AS r"
+)
+GUARD_ROOT_ALONE: LiteralString = (
+    "SELECT pg_advisory_xact_lock(" + _GUARD + ") FROM (VALUES (%(root)s::text)) AS r (root)"
+)
+
+# Of these roots those that have items, and no data key.
+PLAIN_ROOTS: LiteralString = """
+SELECT r.root FROM unnest(%(roots)s::text[]) AS r (root)
+WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
+AND EXISTS (SELECT FROM store s WHERE s.prefix = r.root OR starts_with(s.prefix, r.root || '.'))
+"""
+
+NEXT_PLAIN_ROOTS: LiteralString = """
+SELECT r.root FROM (
+    SELECT DISTINCT split_part(s.prefix, '.', 1) AS root FROM store s
+    WHERE split_part(s.prefix, '.', 1) > %(after)s
+) AS r
+WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
+ORDER BY r.root LIMIT %(limit)s
+"""
+
+PLAIN_ITEMS: LiteralString = (
+    """
+SELECT s.prefix, s.key, s.value, s.vat_type, s.vat_value FROM store s
+WHERE (s.prefix, s.key) > (%(prefix)s, %(key)s) AND """
+    + _OF_ROOT
+    + """
+ORDER BY s.prefix, s.key LIMIT %(limit)s FOR UPDATE
+"""
+)
+
+SEAL_ITEMS: LiteralString = """
+UPDATE store s SET value = n.value::jsonb, vat_type = n.type, vat_value = n.exact
+FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(values)s::text[], %(types)s::text[],
+            %(exacts)s::bytea[])
+    AS n (prefix, key, value, type, exact)
+WHERE s.prefix = n.prefix AND s.key = n.key
+"""
+
 LOCK_KEY: LiteralString = (
     "SELECT data_key FROM vat_store_keys WHERE root = %(root)s AND data_key <> '' FOR UPDATE"
 )

@@ -43,11 +43,12 @@ from langgraph_vat._ops.shared import SHREDDED, now
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import BLIND, IndexKey
-from langgraph_vat._seal.codec import Codec
+from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat._seal.data_key import DataKey
 from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError, VatError
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
+from langgraph_vat.settings import Settings
 
 _Paged = TypeVar("_Paged", SearchOp, ListNamespacesOp)
 _MOST_BYTES = 2_000
@@ -60,6 +61,8 @@ _MOST_KEYS, _IN_USE_S = 10_000, 600.0
 _MOST_TTL = 2**31 - 1
 # More than any table has, and less than Postgres counts to, whatever a search multiplies it by.
 _MOST_ITEMS = 2**48
+# As `sql.ITEM` has them; a search adds a distance.
+_ITEM_COLUMNS = 8
 # Stands in the readable value for a field that JSON cannot hold: equal to nothing, but there.
 _HIDDEN = {"__vat__": "exact"}
 
@@ -73,6 +76,7 @@ class Items:
     serde: SerializerProtocol
     filterable: Sequence[str] = ()
     """Fields that have tokens."""
+    settings: Settings = field(default_factory=Settings)
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
     opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -80,6 +84,11 @@ class Items:
     opened: OpenedKeys = field(default_factory=OpenedKeys)
     index_key: IndexKey | None = None
     """The key of the tokens, once it was needed."""
+
+    @property
+    def may_be_plain(self) -> bool:
+        """Whether roots without a data key are read, as of now."""
+        return self.keyring is None or self.settings.is_plaintext_accepted
 
 
 @dataclass(slots=True)
@@ -90,7 +99,8 @@ class _Plan:
     vectors: dict[str, str]
     """Texts of documents, as pgvector's literals."""
     queries: dict[str, str]
-    codecs: dict[str, Codec]
+    plain: list[str]
+    """Roots that have items in the clear, and no data key."""
 
 
 async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Result]:
@@ -107,6 +117,9 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
     plan = await _prepare(items, backend, listed)
 
     async def body(session: Session) -> list[Result]:
+        if plan.plain:
+            await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})
+            await _open_keys(items, session, session, plan.plain, plan.plain)
         results: list[Result] = [None] * len(listed)
         runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
         for kind, run in runs:
@@ -243,13 +256,13 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 
 
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
-    plan = _Plan(ops, {}, {}, {})
+    plan = _Plan(ops, {}, {}, [])
     if items.index is not None:
         await _embed(items.index, backend, plan)
     if items.keyring is not None:
         await open_tokens(items, backend)
         kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
-        await _add_keys(items, backend, {op.namespace[0] for op in kept})
+        plan.plain = await _add_keys(items, backend, {op.namespace[0] for op in kept})
     return plan
 
 
@@ -274,20 +287,80 @@ def key_place(root: str) -> bytes:
     return associated_data("data key", "store", root)
 
 
-async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> None:
+async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> list[str]:
     """
-    Have the data keys of roots to write to; one that is new is committed before it is used.
+    Have the data keys of roots to write to.
 
     They are asked for each time: another process may have destroyed one a moment ago, and
     what that key sealed is lost.
+
+    Returns:
+        Those that have none, because they have items in the clear, and may.
+
+    Raises:
+        SealError: They have such items, and may not.
     """
     await _open_keys(items, backend.durable, backend, roots, roots)
-    for root in sorted(roots):
-        if items.keyring is not None and items.data_keys.get(root) is None:
-            data_key = DataKey.generate(items.keyring.cipher)
-            wrapped = await wrap_key(backend, items.keyring, data_key, key_place(root))
-            found = await backend.durable.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
-            await _remember(items, backend, root, found[0][0])
+    missing = sorted(root for root in roots if items.data_keys.get(root) is None)
+    found = await backend.durable.fetch(sql.PLAIN_ROOTS, {"roots": missing}) if missing else ()
+    plain = {root for (root,) in found}
+    for root in missing:
+        if root not in plain and not await _add_key(items, backend, root):
+            plain.add(root)
+    if plain and not items.may_be_plain:
+        raise SealError(
+            f"items under the first label {min(plain)!r} were written without encryption and this"
+            " store has a keyring, so nothing is written beside them; nothing was changed. Set"
+            " accept_plaintext= and have seal_existing() seal them, or delete them."
+        )
+    return sorted(plain)
+
+
+async def _add_key(items: Items, backend: Backend, root: str) -> bool:
+    """
+    Give a root a data key, committed before it is used.
+
+    Returns:
+        Whether it has one: not if somebody put an item there in the clear just now.
+    """
+    assert items.keyring is not None
+    data_key = DataKey.generate(items.keyring.cipher)
+    wrapped = await wrap_key(backend, items.keyring, data_key, key_place(root))
+
+    async def body(session: Session) -> list[Row]:
+        await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})
+        if await session.fetch(sql.PLAIN_ROOTS, {"roots": [root]}):
+            return []
+        return await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
+
+    found = await backend.durable.transact(body)
+    if found:
+        await _remember(items, backend, root, found[0][0])
+    return bool(found)
+
+
+async def _opened(items: Items, session: Session, rows: Sequence[Row]) -> list[Row]:
+    """
+    Return items whose data keys are open, as far as they have any.
+
+    Those that were read in the clear, just before their root was sealed, are read again.
+    """
+    await _open_rows(items, session, rows)
+    torn = [row[:2] for row in rows if _is_torn(items, row)]
+    if not torn:
+        return list(rows)
+    found = await session.fetch(sql.GET, columns(torn, "prefixes", "keys"))
+    again = {(row[0], row[1]): row for row in found}
+    await _open_rows(items, session, found)
+    return [
+        (*again[row[:2]], *row[_ITEM_COLUMNS:]) if row[:2] in again else row
+        for row in rows
+        if row[:2] in again or not _is_torn(items, row)
+    ]
+
+
+def _is_torn(items: Items, row: Row) -> bool:
+    return items.data_keys.get(_root(row[0])) is not None and not is_sealed(row[3] or "")
 
 
 async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> None:
@@ -403,24 +476,30 @@ def _encode(
 ) -> tuple[str, str | None, bytes | None]:
     """Return the readable value, and type and bytes of the exact one if they differ."""
     value = dict(op.value or {})
-    if items.keyring is None and is_plain(value):
+    is_clear = _is_clear(items, _root(place[0]))
+    if is_clear and is_plain(value):
         return orjson.dumps(value).decode(), None, None
-    shown = tokens(items, _root(place[0]), value)
-    if items.keyring is None:
+    shown = {} if is_clear else tokens(items, _root(place[0]), value)
+    if is_clear:
         shown = {k: v if is_plain(v) else _HIDDEN for k, v in value.items() if is_plain(k)}
         shown = {k: v for k, v in shown.items() if isinstance(k, str)}
     type_, exact = _codec(items, place[0]).dump(value, *place)
     return orjson.dumps(shown).decode(), type_, exact
 
 
+def _is_clear(items: Items, root: str) -> bool:
+    """Whether what a root has is in the clear, and may be."""
+    return root not in items.data_keys and items.may_be_plain
+
+
 def _codec(items: Items, prefix: str) -> Codec:
     root = _root(prefix)
-    if items.keyring is not None and root not in items.data_keys:
+    if root not in items.data_keys and not items.may_be_plain:
         raise SealError(
             "an item that must be sealed is not: its namespace has no key. It was not used. Write"
             " it again through this store, or read it with an unsealed one."
         )
-    if items.keyring is not None and items.data_keys[root] is None:
+    if root in items.data_keys and items.data_keys[root] is None:
         raise ShreddedError(
             f"namespaces that begin with {root!r} were shredded: their data key is destroyed and"
             " nobody can read what they hold. Delete the items, and it can be used again."
@@ -448,7 +527,7 @@ async def _read(
 async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
     places = [(".".join(op.namespace), op.key) for op in ops]
     rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
-    await _open_rows(items, session, rows)
+    rows = await _opened(items, session, rows)
     found = {(row[0], row[1]): row for row in rows}
     wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
     await _refresh(session, [found[place] for place in wanted if place in found])
@@ -459,8 +538,7 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
     index = items.index
 
     async def matching(rows: list[Row]) -> list[Row]:
-        await _open_rows(items, session, rows)
-        shown = _not_shredded(items, rows)
+        shown = _not_shredded(items, await _opened(items, session, rows))
         return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
 
     needs_opening = items.keyring is not None or not is_plain(op.filter or {})
@@ -470,8 +548,7 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
     else:
         query = search.prepare(op, index, vector)
     rows = await search.run(session, query)
-    await _open_rows(items, session, rows)
-    rows = _not_shredded(items, rows)
+    rows = _not_shredded(items, await _opened(items, session, rows))
     if op.refresh_ttl:
         await _refresh(session, rows)
     return [
@@ -518,10 +595,11 @@ def _decoded(items: Items, row: Row) -> dict[str, Any]:
     prefix, key, value, type_, exact, created_at, updated_at = row[:7]
     if type_ is not None:
         value = _codec(items, prefix).load(type_, exact, prefix, key)
-    elif items.keyring is not None:
+    elif not _is_clear(items, _root(prefix)):
         raise SealError(
-            f"item {key!r} of {prefix!r} must be sealed and is not. It was not used. Write it again"
-            " through this store, or read it with an unsealed one."
+            f"item {key!r} of {prefix!r} must be sealed and is not. It was not used. Set"
+            " accept_plaintext= and have seal_existing() seal it, write it again through this"
+            " store, or read it with an unsealed one."
         )
     return {
         "namespace": tuple(prefix.split(".")),

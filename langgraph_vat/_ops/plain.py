@@ -23,7 +23,8 @@ from langgraph_vat._ops.shared import NO_SERDE, Known, Shared, tokens
 from langgraph_vat._ops.values import blob_place, encode_core, write_place
 from langgraph_vat._records import Blob, Core, Entry, PutEntry, Write
 from langgraph_vat._seal.codec import Codec, is_sealed
-from langgraph_vat.serde import LegacySerializer, codec_for
+from langgraph_vat._seal.legacy import LegacySerializer
+from langgraph_vat.serde import codec_for
 
 # Rows that are in memory at once.
 _MOST_ROWS = 64

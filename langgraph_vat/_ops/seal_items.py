@@ -1,0 +1,86 @@
+"""
+Seal the roots of a store that are in the clear: as threads are, each by one transaction.
+
+Whoever puts an item into such a root holds a lock until the commit, which the root is
+sealed without: nobody puts one in the clear that is missed.
+"""
+
+import logging
+from typing import Any
+
+import orjson
+
+from langgraph_vat._durable import items as sql
+from langgraph_vat._durable.rows import columns
+from langgraph_vat._io.protocols import Backend, Row, Session
+from langgraph_vat._ops.items import Items, key_place, open_tokens, tokens
+from langgraph_vat._ops.keys import wrap_key
+from langgraph_vat._ops.seal_existing import check_window
+from langgraph_vat._records import Sealed
+from langgraph_vat._seal.codec import Codec
+from langgraph_vat._seal.data_key import DataKey
+from langgraph_vat.errors import InvalidInputError, RefusedError, SealError
+from langgraph_vat.serde import codec_for
+
+logger = logging.getLogger("langgraph_vat")
+
+_PAGE = 256
+# Items that are in memory at once.
+_MOST_ROWS = 256
+
+
+async def seal_roots(items: Items, backend: Backend) -> Sealed:
+    """Seal the roots that have no data key."""
+    check_window(items.keyring, items.settings)
+    await open_tokens(items, backend)
+    after, done, size = "", Sealed(0, 0, 0), _PAGE
+    while size == _PAGE:
+        params = {"after": after, "limit": _PAGE}
+        rows = await backend.durable.fetch(sql.NEXT_PLAIN_ROOTS, params)
+        for (after,) in rows:
+            one = await _seal_one(items, backend, after)
+            done = Sealed(*map(sum, zip(done, one, strict=True)))
+        size = len(rows)
+    return done
+
+
+async def _seal_one(items: Items, backend: Backend, root: str) -> Sealed:
+    async def body(session: Session) -> Sealed:
+        return await _seal(items, session, root)
+
+    try:
+        return await backend.durable.transact(body)
+    except (SealError, InvalidInputError, RefusedError) as error:
+        logger.warning("namespaces that begin with %r could not be sealed: %s", root, error)
+        return Sealed(0, 0, 1)
+
+
+async def _seal(items: Items, session: Session, root: str) -> Sealed:
+    check_window(items.keyring, items.settings)
+    assert items.keyring is not None
+    await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})
+    if not await session.fetch(sql.PLAIN_ROOTS, {"roots": [root]}):
+        return Sealed(0, 0, 0)  # by somebody else, or nothing is left
+    data_key = DataKey.generate(items.keyring.cipher)
+    wrapped = await wrap_key(session, items.keyring, data_key, key_place(root))
+    target = codec_for(items.serde, data_key, "item", root)
+    values, size, place = 0, _MOST_ROWS, ("", "")
+    while size == _MOST_ROWS:
+        params = {"root": root, "prefix": place[0], "key": place[1], "limit": _MOST_ROWS}
+        rows = await session.fetch(sql.PLAIN_ITEMS, params)
+        new = [_sealed(items, root, target, row) for row in rows]
+        names = ("prefixes", "keys", "values", "types", "exacts")
+        await session.execute(sql.SEAL_ITEMS, columns(new, *names))
+        size, values = len(rows), values + len(rows)
+        place = rows[-1][:2] if rows else place
+    await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
+    return Sealed(1, values, 0)
+
+
+def _sealed(items: Items, root: str, target: Codec, row: Row) -> tuple[Any, ...]:
+    prefix, key, value, type_, exact = row
+    source = codec_for(items.serde, None)
+    if type_ is not None:
+        value = source.load(type_, exact, prefix, key)
+    shown = orjson.dumps(tokens(items, root, value)).decode()
+    return prefix, key, shown, *target.dump(value, prefix, key)
