@@ -415,7 +415,10 @@ async def change_histories(
     hot, waiting = await _close(shared, backend, fences)
     is_past = hot is None and backend.hot is not None
     if is_past and needs_hot:
-        raise UnavailableError("Redis does not answer, and may hold steps; nothing was changed")
+        raise UnavailableError(
+            "Redis does not answer, or did not a moment ago, and may hold steps; nothing was"
+            " changed. Repeat it when Redis is back."
+        )
     done: Collection[str] = ()
     try:
         dirty = [one for one in fences if one in waiting or shared.copies.of(one)]
