@@ -766,7 +766,7 @@ def test_what_langgraph_encrypted_is_read_and_sealed(postgres_url, encrypted):
         assert states(plain) == encrypted
         grow(plain, encrypted[0][0], 3, first=3)  # which build on it
         before = states(plain)
-        assert sql(postgres_url, "SELECT FROM checkpoint_blobs WHERE vat_bases <> '{}'")
+        assert sql(postgres_url, "SELECT 1 FROM checkpoint_blobs WHERE vat_bases <> '{}'")
     options: Any = {"serde": serde, "keyring": KEYRING, "accept_plaintext": soon()}
     with HybridSaver.from_conn_string(postgres_url, **options) as saver:
         assert states(saver) == before
