@@ -589,7 +589,7 @@ def store(postgres_url) -> Iterator[Callable[..., SemanticStore]]:
     def one(*, sealed: bool = True, window: bool = True, **more: Any) -> SemanticStore:
         options: Any = dict(more)
         if sealed:
-            options["keyring"] = KEYRING
+            options.setdefault("keyring", KEYRING)
             options["accept_plaintext"] = soon() if window else None
         made.append(SemanticStore.from_conn_string(postgres_url, **options))
         made[-1].setup()
@@ -651,6 +651,44 @@ def test_a_root_that_has_a_key_admits_no_item_in_the_clear(store, postgres_url):
         with pytest.raises(SealError):
             store().get((root,), "k")
     assert store().seal_existing() == (0, 0, 0)
+
+
+def test_beside_items_in_the_clear_nothing_is_put_without_a_window(store, postgres_url):
+    store(sealed=False).put(("a",), "k", {"text": MARKER})
+    with pytest.raises(SealError, match="first label 'a'"):
+        store(window=False).put(("a",), "k2", {"text": MARKER})
+    assert store().get(("a",), "k2") is None
+    store().put(("a",), "k2", {"text": MARKER})
+    assert store().seal_existing() == (1, 2, 0)
+    assert kept(postgres_url, "a") == {True}
+
+
+class Meddling:
+    """A keyring whose first wrapping takes so long that somebody does something meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self.cipher = KEYRING.cipher
+        self._meanwhile = [meanwhile]
+
+    def wrap(self, data_key: bytes, *, associated_data: bytes) -> bytes:
+        while self._meanwhile:
+            self._meanwhile.pop()()
+        return KEYRING.wrap(data_key, associated_data=associated_data)
+
+    def unwrap(self, wrapped: bytes, *, associated_data: bytes) -> bytes:
+        return KEYRING.unwrap(wrapped, associated_data=associated_data)
+
+    def is_current(self, wrapped: bytes) -> bool:
+        return KEYRING.is_current(wrapped)
+
+
+def test_an_item_put_in_the_clear_a_moment_before_is_not_left_behind(store, postgres_url):
+    plain = store(sealed=False)
+    keyring = Meddling(lambda: plain.put(("a",), "first", {"text": MARKER}))
+    store(keyring=keyring).put(("a",), "second", {"text": MARKER})
+    assert kept(postgres_url, "a") == {False}
+    assert store().seal_existing() == (1, 2, 0)
+    assert len(store(window=False).search(("a",))) == 2
 
 
 def test_items_are_sealed_with_their_tokens(store, postgres_url):
@@ -791,6 +829,16 @@ def test_another_key_or_another_serializer_reads_nothing(postgres_url, encrypted
         assert saver.threads.seal_existing() == (0, 0, 1)
         with pytest.raises(SealError):
             serde.loads_typed(("msgpack+aes", b"short"))
+
+
+def test_a_bit_of_what_langgraph_encrypted_makes_a_difference():
+    serde = LegacySerializer(EAX_KEY)
+    type_, data = LangGraphEncrypted.from_pycryptodome_aes(key=EAX_KEY).dumps_typed({"a": 1})
+    assert serde.loads_typed((type_, data)) == {"a": 1}
+    flipped = (data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data)))
+    for other in (*flipped, *(data[:end] for end in range(len(data))), data + b"x"):
+        with pytest.raises(SealError, match="could not be decrypted"):
+            serde.loads_typed((type_, other))
 
 
 def test_what_langgraph_encrypted_is_copied(postgres_url, encrypted):
