@@ -226,7 +226,7 @@ MUTATIONS = [
     Mutation(
         "nothing builds on a version that gets another value",
         "_ops/compact.py",
-        "        await _make_whole(session, codecs[key[0]], key)\n",
+        "        await make_whole(session, codecs[key[0]], key)\n",
         "",
         "test_compact.py::test_a_version_that_is_used_again_takes_nothing_with_it",
     ),
