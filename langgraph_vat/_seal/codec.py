@@ -117,7 +117,7 @@ class SealedCodec:
         """Authenticate and decrypt."""
         header, suffix = self._data_key.header, self._data_key.suffix
         # What this very key sealed, as nearly all is, says so by its first bytes.
-        is_own = data is not None and data[: len(header)] == header and type_.endswith(suffix)
+        is_own = type_ and data and data[: len(header)] == header and type_.endswith(suffix)
         inner = type_.removesuffix(suffix) if is_own else opened_type(type_, data)
         return inner, self._data_key.open(data, associated_data=self._bound(place, inner))
 
