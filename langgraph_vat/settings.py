@@ -133,6 +133,8 @@ class Settings:
         pool_size: Most Postgres connections of a process, for blocking callers
             together and for each event loop.
         timeout_s: Seconds to wait for a connection or an answer.
+        embed_timeout_s: Seconds for which a put or a search waits for the embedder, however often
+            it is asked; for a batch with many texts, for every 128 of them.
         epoch_ttl_s: Seconds for which a process may trust its last look at
             Postgres before it serves another read from Redis. When Redis fails,
             everyone waits once for the longest that any process uses.
@@ -154,6 +156,7 @@ class Settings:
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
     timeout_s: float = 10.0
+    embed_timeout_s: float = 30.0
     epoch_ttl_s: float = 1.0
     key_prefix: str = "vat"
 
@@ -203,6 +206,7 @@ class Settings:
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")
         _require(self.pool_size >= 1, "pool_size must be at least 1 connection")
         _require(0 < self.timeout_s <= _DAY_S, "timeout_s must be more than 0 seconds, up to a day")
+        _require(0 < self.embed_timeout_s <= _DAY_S, "embed_timeout_s must be 0 s to a day")
         _require(0 < self.epoch_ttl_s <= _DAY_S, "epoch_ttl_s must be more than 0 s, up to a day")
         _require(
             self.key_prefix.isidentifier(),

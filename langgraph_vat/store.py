@@ -10,9 +10,11 @@ from langgraph_vat._durable.items import TABLES, VECTOR_TABLES
 from langgraph_vat._io.addresses import PostgresSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
+from langgraph_vat._io.embedding import documents, queries
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops import items
+from langgraph_vat._ops.embedding import Embedding
 from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
@@ -77,8 +79,12 @@ class SemanticStore(Managed, BaseStore):
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
         filterable = settings.filterable_fields if keyring is not None else ()
+        embedding = None
+        if vectors is not None:
+            embedders = documents(vectors.embeddings), queries(vectors.embeddings)
+            embedding = Embedding(vectors, *embedders, settings.embed_timeout_s)
         self._items = items.Items(
-            vectors, keyring, serde or StrictSerializer(), filterable, settings
+            vectors, keyring, serde or StrictSerializer(), filterable, settings, embedding
         )
 
     @classmethod

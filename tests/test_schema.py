@@ -106,6 +106,7 @@ async def test_what_is_missing_is_told_before_it_is_missed(postgres_url, limited
         "table store is missing",
         "table vat_store_keys is missing",
         "table store_vectors is missing",
+        "table vat_store_pending is missing",
     ]
     saver.setup()
     store.setup()

@@ -10,6 +10,8 @@ from typing import LiteralString
 
 from psycopg import sql
 
+from langgraph_vat._durable import embedding
+
 SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS store_migrations (v INTEGER PRIMARY KEY)",
     """
@@ -43,7 +45,11 @@ TABLES = {
     " vat_ttl",
     "vat_store_keys": "root data_key",
 }
-VECTOR_TABLES = {**TABLES, "store_vectors": "prefix key field_name embedding"}
+VECTOR_TABLES = {
+    **TABLES,
+    "store_vectors": "prefix key field_name embedding",
+    **embedding.TABLE,
+}
 
 # The type of the vectors as the table has it, such as vector(384).
 VECTOR_COLUMN: LiteralString = """

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import psycopg
 import redis
 import redis.asyncio
-from langchain_core.embeddings import Embeddings
 
 from langgraph_vat._io.addresses import all_clients
 from langgraph_vat._io.mapping import (
@@ -21,7 +20,7 @@ from langgraph_vat._io.mapping import (
     run_ids,
 )
 from langgraph_vat._io.pool import AsyncioPool
-from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
+from langgraph_vat._io.protocols import Arg, Embedder, Params, Query, Row, Script, Session
 
 T = TypeVar("T")
 Connection = psycopg.AsyncConnection[Row]
@@ -156,8 +155,7 @@ class AsyncioBackend:
     async def run(self, work: Callable[[], T]) -> T:
         return await asyncio.to_thread(work)
 
-    async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
-        return await embeddings.aembed_documents(list(texts))
-
-    async def embed_query(self, embeddings: Embeddings, text: str) -> list[float]:
-        return await embeddings.aembed_query(text)
+    async def embed(
+        self, embedder: Embedder, texts: Sequence[str], *, timeout_s: float, alone: bool = False
+    ) -> Any:
+        return await embedder.asyncio(texts, timeout_s, alone=alone)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import psycopg
 import redis
-from langchain_core.embeddings import Embeddings
 
 from langgraph_vat._io.addresses import all_clients
 from langgraph_vat._io.mapping import (
@@ -20,7 +19,7 @@ from langgraph_vat._io.mapping import (
     run_ids,
 )
 from langgraph_vat._io.pool import BlockingPool
-from langgraph_vat._io.protocols import Arg, Params, Query, Row, Script, Session
+from langgraph_vat._io.protocols import Arg, Embedder, Params, Query, Row, Script, Session
 
 T = TypeVar("T")
 Connection = psycopg.Connection[Row]
@@ -142,8 +141,7 @@ class BlockingBackend:
     async def run(self, work: Callable[[], T]) -> T:
         return work()
 
-    async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
-        return embeddings.embed_documents(list(texts))
-
-    async def embed_query(self, embeddings: Embeddings, text: str) -> list[float]:
-        return embeddings.embed_query(text)
+    async def embed(
+        self, embedder: Embedder, texts: Sequence[str], *, timeout_s: float, alone: bool = False
+    ) -> Any:
+        return embedder.blocking(texts, timeout_s, alone=alone)

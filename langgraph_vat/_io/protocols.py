@@ -9,13 +9,13 @@ exceptions are mapped where a verb is implemented, and nowhere else:
   data -> `RefusedError`
 - Redis does not answer, or refuses to write -> `HotTierError`, which the
   operations turn into a detour through Postgres. It never reaches a caller.
+- an embedder raises anything, or does not answer -> `EmbedderError`
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString, Protocol, TypeAlias, TypeVar
 
-from langchain_core.embeddings import Embeddings
 from psycopg import sql
 
 from langgraph_vat.errors import UnavailableError
@@ -31,6 +31,23 @@ class HotTierError(Exception):
     """Redis did not do what was asked; whether it did it is unknown."""
 
 
+class EmbedderError(Exception):
+    """
+    An embedder failed, or did not answer in time. It never reaches a caller.
+
+    Args:
+        kind: Type of what it raised. Never what that says: it may quote a text.
+        is_lasting: Whether the same call would fail again, as far as one can know.
+        was_shared: Whether it was asked for somebody else's texts in the same call.
+    """
+
+    def __init__(self, kind: str, is_lasting: bool, was_shared: bool) -> None:  # noqa: FBT001
+        super().__init__(kind)
+        self.kind = kind
+        self.is_lasting = is_lasting
+        self.was_shared = was_shared
+
+
 class LockTimeoutError(UnavailableError):
     """A lock was not to be had within the time that somebody set for it."""
 
@@ -42,6 +59,27 @@ class Script:
     name: str
     source: str
     sha1: str
+
+
+class Embedder(Protocol):
+    """One method of an embedder; see `embedding.py`."""
+
+    @property
+    def most(self) -> int:
+        """How many texts it may be given."""
+        ...
+
+    def blocking(self, texts: Sequence[str], timeout_s: float, *, alone: bool) -> Any:
+        """Call it for a blocking caller."""
+        ...
+
+    async def asyncio(self, texts: Sequence[str], timeout_s: float, *, alone: bool) -> Any:
+        """Call it for a task."""
+        ...
+
+    def close(self) -> None:
+        """Have nobody wait for it any longer."""
+        ...
 
 
 class Runner(Protocol):
@@ -151,10 +189,15 @@ class Backend(Runner, Protocol):
         """Wait."""
         ...
 
-    async def embed(self, embeddings: Embeddings, texts: Sequence[str]) -> list[list[float]]:
-        """Embed documents by the embedder's own blocking or asyncio method."""
-        ...
+    async def embed(
+        self, embedder: Embedder, texts: Sequence[str], *, timeout_s: float, alone: bool = False
+    ) -> Any:
+        """
+        Return what an embedder gives for texts, unchecked, by its blocking or asyncio method.
 
-    async def embed_query(self, embeddings: Embeddings, text: str) -> list[float]:
-        """Embed one search query, likewise."""
+        The call is shared with others who need it at the same time, unless `alone`.
+
+        Raises:
+            EmbedderError: It failed, or did not answer in so many seconds.
+        """
         ...

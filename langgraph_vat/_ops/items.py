@@ -2,7 +2,8 @@
 The store's operations, a batch at a time.
 
 1. Everything that can be refused is refused before anything is written.
-2. What is to be embedded is embedded before a transaction is open, each text once.
+2. What is to be embedded is embedded before a transaction is open, each text once. An
+   item whose texts cannot be embedded now is stored, and queued for it.
 3. The batch runs in one transaction, in runs of writes and of reads. A read
    sees the writes before it in the batch; of several writes of one key in a
    run the last one counts. A run of gets is one statement, so is a run's puts.
@@ -32,11 +33,13 @@ from langgraph.store.base import (
 )
 from psycopg import sql as composing
 
+from langgraph_vat._durable import embedding as queue
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
 from langgraph_vat._ops import search
+from langgraph_vat._ops.embedding import Embedded, Embedding, embed_documents, embed_queries
 from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key, wrap_key
 from langgraph_vat._ops.search import VectorIndex, is_paths
 from langgraph_vat._ops.shared import SHREDDED, now
@@ -77,6 +80,8 @@ class Items:
     filterable: Sequence[str] = ()
     """Fields that have tokens."""
     settings: Settings = field(default_factory=Settings)
+    embedding: Embedding | None = None
+    """What embeds for the index, if there is one."""
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
     opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -96,8 +101,8 @@ class _Plan:
     """A batch, with all that had to be fetched before its transaction."""
 
     ops: list[Op]
-    vectors: dict[str, str]
-    """Texts of documents, as pgvector's literals."""
+    embedded: Embedded
+    """Texts of documents."""
     queries: dict[str, str]
     plain: list[str]
     """Roots that have items in the clear, and no data key."""
@@ -110,8 +115,8 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
     Raises:
         InvalidInputError, InvalidNamespaceError: An operation could not be
             answered. Nothing was written.
-        UnavailableError: Postgres or the embedder does not answer. Nothing was
-            written, or all of it.
+        UnavailableError: Postgres does not answer; or the embedder fails, and there is
+            a query to embed. Nothing was written, or all of it.
     """
     listed = [_checked(op) for op in ops]
     plan = await _prepare(items, backend, listed)
@@ -256,9 +261,9 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 
 
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
-    plan = _Plan(ops, {}, {}, [])
-    if items.index is not None:
-        await _embed(items.index, backend, plan)
+    plan = _Plan(ops, Embedded(), {}, [])
+    if items.embedding is not None:
+        await _embed(items.embedding, backend, plan)
     if items.keyring is not None:
         await open_tokens(items, backend)
         kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
@@ -416,23 +421,14 @@ async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> 
         del items.data_keys[oldest], items.opened_at[oldest]
 
 
-async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
+async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
     texts: dict[str, None] = {}
     for op in plan.ops:
         if isinstance(op, PutOp) and op.value is not None and op.index is not False:
-            texts.update(dict.fromkeys(index.texts(op.value, op.index).values()))
+            texts.update(dict.fromkeys(embedding.index.texts(op.value, op.index).values()))
     queries = {op.query for op in plan.ops if isinstance(op, SearchOp) and op.query}
-    vectors, found, failure = [], {}, ""
-    try:
-        vectors = await backend.embed(index.embeddings, list(texts)) if texts else []
-        found = {q: await backend.embed_query(index.embeddings, q) for q in sorted(queries)}
-    except Exception as error:  # noqa: BLE001 - an embedder may raise anything
-        failure = type(error).__name__
-    if failure:
-        # Raised out here, so that its message is not this one's context: it may quote the text.
-        raise search.failed_to_embed(failure)
-    plan.vectors = dict(zip(texts, index.literals(vectors, len(texts)), strict=True))
-    plan.queries = dict(zip(found, index.literals(list(found.values()), len(found)), strict=True))
+    plan.queries = await embed_queries(embedding, backend, sorted(queries))
+    plan.embedded = await embed_documents(embedding, backend, texts)
 
 
 # --- writes ---------------------------------------------------------------------
@@ -457,13 +453,28 @@ async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) ->
 async def _put_vectors(
     index: VectorIndex, session: Session, plan: _Plan, kept: Mapping[tuple[str, str], PutOp]
 ) -> None:
-    await session.execute(sql.DELETE_VECTORS, columns(list(kept), "prefixes", "keys"))
-    rows = [
-        (*place, name, plan.vectors[text])
-        for place, op in kept.items()
-        if op.index is not False
-        for name, text in index.texts(op.value or {}, op.index).items()
-    ]
+    vectors, rows, waiting = plan.embedded.vectors, [], []
+    for place, op in kept.items():
+        texts = index.texts(op.value or {}, op.index) if op.index is not False else {}
+        if all(text in vectors for text in texts.values()):
+            rows += [(*place, name, vectors[text]) for name, text in texts.items()]
+        else:
+            paths = None if op.index is None else orjson.dumps(op.index).decode()
+            waiting.append((*place, paths, plan.embedded.failure))
+    await session.execute(queue.FORGET, columns(list(kept), "prefixes", "keys"))
+    if waiting:
+        await session.execute(queue.ADD, columns(waiting, "prefixes", "keys", "paths", "errors"))
+    await replace_vectors(index, session, list(kept), rows)
+
+
+async def replace_vectors(
+    index: VectorIndex,
+    session: Session,
+    places: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, str, str, str]],
+) -> None:
+    """Have items at these places these vectors: place, name of the text and literal of each."""
+    await session.execute(sql.DELETE_VECTORS, columns(places, "prefixes", "keys"))
     if rows:
         kind = composing.SQL(index.type)
         statement = composing.SQL(sql.INSERT_VECTORS).format(type=kind)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 import psycopg
 from psycopg import sql as composing
 
+from langgraph_vat._durable import embedding as queue
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable import schema
 from langgraph_vat._durable.blind import item_indexes
@@ -47,6 +48,8 @@ async def setup_items(
                 await session.execute(statement)
             if index is not None:
                 await _create_vectors(session, index, create_extension=create_extension)
+                for statement in queue.SCHEMA:
+                    await session.execute(statement)
 
         await migrate(backend, body, sql.BLOCKERS)
     await add_indexes(backend, item_indexes(filterable), sql.BLOCKERS)
@@ -67,6 +70,7 @@ def ddl(
         if create_extension:
             statements.append(composing.SQL(sql.CREATE_EXTENSION))
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
+        statements += map(composing.SQL, queue.SCHEMA)
     statements += [statement for _, statement in item_indexes(filterable)]
     return script(schema, statements)
 

@@ -26,7 +26,6 @@ from langgraph_vat import (
     SchemaError,
     SealError,
     SemanticStore,
-    UnavailableError,
 )
 from tests.store.embedder import DIMS, embed
 
@@ -210,19 +209,6 @@ def test_expired_items_are_gone_at_once_and_refreshed_by_reading(postgres_url):
         assert [item.key for item in store.search(("t",))] == ["kept"]
         assert store.sweep_ttl() == 1
         assert store.sweep_ttl() == 0
-
-
-def test_a_failing_embedder_leaves_nothing_half_written(postgres_url):
-    def broken(texts):
-        raise RuntimeError("secret " + texts[0])
-
-    index = {"dims": DIMS, "embed": broken, "fields": ["text"]}
-    with SemanticStore.from_conn_string(postgres_url, index=index) as store:
-        with pytest.raises(UnavailableError, match="RuntimeError") as caught:
-            store.put(("a",), "k", {"text": "marker"})
-        assert "marker" not in str(caught.value)
-        assert caught.value.__cause__ is caught.value.__context__ is None
-        assert store.get(("a",), "k") is None
 
 
 @pytest.mark.parametrize(

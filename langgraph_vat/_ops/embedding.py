@@ -1,0 +1,173 @@
+"""
+Texts to vectors, whatever the embedder does.
+
+1. No transaction is open meanwhile.
+2. It is asked again, a few times and not for longer than was set; what would fail again
+   is not repeated. Where others' texts were in the same call, each is asked for alone.
+3. What it gives is checked. A wrong embedder is an error; one that fails is not, where
+   only documents need it: whoever asked is told which have no vector.
+4. While it is found failing, documents do not ask it again for a while: nobody waits for
+   the same outage twice.
+"""
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langgraph_vat._io.protocols import Backend, Embedder, EmbedderError
+from langgraph_vat._ops.search import VectorIndex, failed_to_embed
+from langgraph_vat._ops.shared import now
+
+logger = logging.getLogger("langgraph_vat")
+
+# Seconds before it is asked again; so it is asked three times.
+PAUSES_S = (0.2, 0.8)
+# Seconds for which documents do not ask what was just found failing.
+_LEFT_ALONE_S = 30.0
+# Nor is it said again.
+_SAID_S = 60.0
+
+
+@dataclass(slots=True)
+class Outage:
+    """Whether the embedder fails, as this process saw it last. Approximate under threads."""
+
+    kind: str = ""
+    """What it raised last; empty if it works."""
+    left_alone_until: float = 0.0
+    said_at: float = float("-inf")
+
+    def begin(self, error: EmbedderError) -> None:
+        """Note that it failed; say it once."""
+        if not error.is_lasting:  # else it may be the text
+            self.left_alone_until = now() + _LEFT_ALONE_S
+        self.say(error.kind)
+        self.kind = error.kind
+
+    def say(self, kind: str) -> None:
+        """Warn that it fails, unless that was said."""
+        if self.kind or now() - self.said_at < _SAID_S:
+            return
+        self.said_at = now()
+        logger.warning(
+            "the embedder fails (%s). Items are stored without vectors, and wait in Postgres until"
+            " it works; a search by a query raises. pending() says how many wait.",
+            kind,
+        )
+
+    def end(self) -> None:
+        """Note that it works."""
+        if self.kind:
+            self.kind, self.left_alone_until = "", 0.0
+            logger.info("the embedder works.")
+
+    def may_ask(self) -> bool:
+        """Whether a document asks it: in an outage, one after a while."""
+        if now() < self.left_alone_until:
+            return False
+        if self.is_away:
+            self.left_alone_until = now() + _LEFT_ALONE_S
+        return True
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it failed in a way that may pass, and was not found working since."""
+        return self.left_alone_until > 0
+
+
+@dataclass(slots=True)
+class Embedding:
+    """What all operations of one store share about its embedder."""
+
+    index: VectorIndex
+    documents: Embedder
+    queries: Embedder
+    timeout_s: float
+    outage: Outage = field(default_factory=Outage)
+
+    def close(self) -> None:
+        """Have nobody wait for it any longer: what waits is stored, and queued."""
+        self.documents.close()
+        self.queries.close()
+
+
+@dataclass(slots=True)
+class Embedded:
+    """Texts that have a vector, as pgvector's literal; and what failed if others have none."""
+
+    vectors: dict[str, str] = field(default_factory=dict)
+    failure: str = ""
+
+
+async def embed_documents(
+    embedding: Embedding, backend: Backend, texts: Collection[str]
+) -> Embedded:
+    """
+    Embed texts of items, as many as can be.
+
+    Raises:
+        ConfigurationError: The embedder gave something else than such vectors.
+    """
+    if not texts or not embedding.outage.may_ask():
+        return Embedded(failure=embedding.outage.kind)
+    return await _embed(embedding, backend, embedding.documents, list(texts))
+
+
+async def embed_queries(
+    embedding: Embedding, backend: Backend, texts: Collection[str]
+) -> dict[str, str]:
+    """
+    Embed queries.
+
+    Raises:
+        UnavailableError: The embedder failed.
+        ConfigurationError: It gave something else than such vectors.
+    """
+    found = await _embed(embedding, backend, embedding.queries, list(texts))
+    if found.failure:
+        raise failed_to_embed(found.failure)
+    return found.vectors
+
+
+async def _embed(
+    embedding: Embedding, backend: Backend, embedder: Embedder, texts: list[str]
+) -> Embedded:
+    found = Embedded()
+    for start in range(0, len(texts), embedder.most):
+        part = texts[start : start + embedder.most]
+        try:
+            given = await _patiently(embedding, backend, embedder, part)
+        except EmbedderError as error:
+            embedding.outage.begin(error)
+            found.failure = error.kind
+            break
+        vectors = embedding.index.literals(given, len(part))
+        found.vectors.update(zip(part, vectors, strict=True))
+        embedding.outage.end()
+    return found
+
+
+async def _patiently(
+    embedding: Embedding, backend: Backend, embedder: Embedder, texts: Sequence[str]
+) -> Any:
+    """Ask again while it may help, and there is time; after the first time, for nobody else."""
+    until = now() + embedding.timeout_s
+    pauses = [] if embedding.outage.is_away else [*PAUSES_S]
+    alone = False
+    while True:
+        try:
+            left_s = until - now()
+            return await backend.embed(embedder, texts, timeout_s=left_s, alone=alone)
+        except EmbedderError as error:
+            if error.was_shared:
+                pause_s = 0.0
+            elif error.is_lasting or not pauses:
+                raise
+            else:
+                pause_s = pauses.pop(0)
+            if now() + pause_s >= until:
+                raise
+        alone = True
+        if pause_s:
+            await backend.sleep(pause_s)
