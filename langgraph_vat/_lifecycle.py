@@ -1,9 +1,9 @@
 """
-The life of a saver in a process, shared by its clones and views.
+The life of a saver in a process, shared by its clones and views; and what a store does by itself.
 
-It opens connections late, flushes in the background from the first put on,
+A saver opens connections late, flushes in the background from the first put on,
 and closes once: by `close`, by leaving a `with` block, or when the
-interpreter exits.
+interpreter exits. A store with an index embeds in the background what waits for it.
 """
 
 import atexit
@@ -17,17 +17,22 @@ from langgraph_vat._io.connections import Connections, closed
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops.flush import flush, note_durable, overdue
-from langgraph_vat._ops.shared import Shared
+from langgraph_vat._ops.indexing import index_pending
+from langgraph_vat._ops.items import Items
+from langgraph_vat._ops.shared import Shared, now
 from langgraph_vat._ops.sweep import count_reads, sweep_in_turn
 from langgraph_vat._ops.threads import reopen_abandoned
 from langgraph_vat._ops.tiers import refresh
-from langgraph_vat.errors import UnavailableError, VatError
+from langgraph_vat.errors import ConfigurationError, UnavailableError, VatError
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.settings import Retention, Settings
 
 logger = logging.getLogger("langgraph_vat")
 
 _TICK_S = 60.0
+# Seconds after which a store looks whether items wait for vectors; more after a failure.
+_INDEX_S = 5.0
+_MOST_INDEX_S = 60.0
 # The tables without which there is no saver.
 NEEDS = frozenset(TABLES)
 
@@ -114,6 +119,44 @@ class Lifecycle:
             drive(_flush_overdue(self.shared, self.connections.blocking()))
         except UnavailableError:
             note_durable(self.shared, is_away=True)
+
+
+class Indexer:
+    """Embeds what waits for it, in the background: from the first use of a store until `stop`."""
+
+    def __init__(self, connections: Connections, items: Items) -> None:
+        self._connections = connections
+        self._items = items
+        self._background = Background("langgraph-vat indexer", _INDEX_S, self._round)
+        self._pause_s = _INDEX_S
+        self._not_before = 0.0
+
+    def start(self) -> None:
+        """Begin, if there is an index and it has not begun."""
+        if self._items.embedding is not None and not self._background.has_begun:
+            atexit.register(self.stop)
+            self._background.start()
+
+    def stop(self) -> None:
+        """End, and do not wait for the embedder."""
+        atexit.unregister(self.stop)
+        if self._items.embedding is not None:
+            self._items.embedding.close()
+        self._background.stop()
+
+    def _round(self) -> None:
+        if self._connections.is_closed or now() < self._not_before:
+            return
+        try:
+            _, failure = drive(index_pending(self._items, self._connections.blocking()))
+        except UnavailableError:
+            return  # whoever uses the store is told
+        except ConfigurationError:
+            if not self._connections.is_closed:  # just now, by a saver that shares them
+                raise
+            return
+        self._pause_s = min(2 * self._pause_s, _MOST_INDEX_S) if failure else _INDEX_S
+        self._not_before = now() + self._pause_s if failure else 0.0
 
 
 def _tick_s(retention: Retention | None) -> float:

@@ -145,6 +145,17 @@ class Sealed(NamedTuple):
     """Threads, or roots, that are in the clear as before."""
 
 
+class Pending(NamedTuple):
+    """What waits for its vectors."""
+
+    items: int
+    """That are stored, and not found by meaning yet."""
+    since: datetime | None
+    """For how long the oldest of them does; None if none does."""
+    error: str
+    """The type of what the embedder, or opening an item, raised last; empty if none waits."""
+
+
 class Rewritten(NamedTuple):
     """What was stored in another form."""
 

@@ -1,5 +1,6 @@
 """LangGraph's store on Postgres and pgvector: each method pair is one operation."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -13,8 +14,10 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.embedding import documents, queries
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
+from langgraph_vat._lifecycle import Indexer
 from langgraph_vat._ops import items
 from langgraph_vat._ops.embedding import Embedding
+from langgraph_vat._ops.indexing import count_pending, index_pending
 from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
@@ -22,7 +25,7 @@ from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.seal_items import seal_roots
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
-from langgraph_vat._records import Resealed, Rotated, Sealed
+from langgraph_vat._records import Pending, Resealed, Rotated, Sealed
 from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import ConfigurationError
 from langgraph_vat.keyring import KeyWrapper
@@ -86,6 +89,7 @@ class SemanticStore(Managed, BaseStore):
         self._items = items.Items(
             vectors, keyring, serde or StrictSerializer(), filterable, settings, embedding
         )
+        self._indexer = Indexer(connections, self._items)
 
     @classmethod
     def from_conn_string(
@@ -158,11 +162,15 @@ class SemanticStore(Managed, BaseStore):
             SealError: A value was changed, moved, or is not sealed.
             UnavailableError: All of it was written, or none.
         """
-        return drive(items.batch(self._items, self._connections.blocking(self._needs), ops))
+        backend = self._connections.blocking(self._needs)
+        self._indexer.start()
+        return drive(items.batch(self._items, backend, ops))
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
-        return await items.batch(self._items, await self._connections.asyncio(self._needs), ops)
+        backend = await self._connections.asyncio(self._needs)
+        self._indexer.start()
+        return await items.batch(self._items, backend, ops)
 
     def rotate(self) -> Rotated:
         """Wrap the data keys of roots by the keyring's primary key; see `Threads.rotate`."""
@@ -223,6 +231,40 @@ class SemanticStore(Managed, BaseStore):
     async def _shred(self, backend: Backend, root: str) -> None:
         await shred_root(self._items, backend, root)
 
+    def pending(self) -> Pending:
+        """
+        Return what waits for its vectors, because the embedder failed when it was put.
+
+        Some process with an index takes it up in the background.
+
+        Raises:
+            ConfigurationError: This store has no index.
+        """
+        return drive(count_pending(self._items, self._connections.blocking(self._needs)))
+
+    async def apending(self) -> Pending:
+        """Like `pending`."""
+        return await count_pending(self._items, await self._connections.asyncio(self._needs))
+
+    def index_pending(self) -> int:
+        """
+        Index what waits for its vectors, now; return how many items it was.
+
+        Each is tried once, those that were tried a moment ago included; it stops when the
+        embedder fails for all. What another process is at is left to it.
+
+        Raises:
+            ConfigurationError: This store has no index.
+        """
+        return drive(self._index_pending(self._connections.blocking(self._needs)))
+
+    async def aindex_pending(self) -> int:
+        """Like `index_pending`."""
+        return await self._index_pending(await self._connections.asyncio(self._needs))
+
+    async def _index_pending(self, backend: Backend) -> int:
+        return (await index_pending(self._items, backend, is_all_due=True))[0]
+
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""
         return drive(items.sweep(self._connections.blocking(self._needs)))
@@ -232,9 +274,15 @@ class SemanticStore(Managed, BaseStore):
         return await items.sweep(await self._connections.asyncio(self._needs))
 
     def close(self) -> None:
-        """Close the connections. May be called again."""
+        """
+        Close the connections. May be called again.
+
+        Nobody waits for the embedder any longer: what does is stored, and queued.
+        """
+        self._indexer.stop()
         self._connections.close()
 
     async def aclose(self) -> None:
         """Like `close`, with the connections of the running event loop."""
+        await asyncio.to_thread(self._indexer.stop)
         await self._connections.aclose()

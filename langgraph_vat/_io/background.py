@@ -35,9 +35,14 @@ class Background:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was begun, or stopped."""
+        return self._thread is not None or self._is_stopped
+
     def start(self) -> None:
         """Begin, unless it has begun or was stopped."""
-        if self._thread is not None or self._is_stopped:
+        if self.has_begun:
             return
         with self._lock:
             if self._thread is None:

@@ -93,6 +93,11 @@ class Connections:
         return self._redis is not None
 
     @property
+    def is_closed(self) -> bool:
+        """Whether they were closed for good."""
+        return self._closed
+
+    @property
     def schema(self) -> str | None:
         """The Postgres schema of the tables; None for the role's default."""
         return self._postgres.schema

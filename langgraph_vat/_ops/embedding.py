@@ -11,13 +11,14 @@ Texts to vectors, whatever the embedder does.
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from langgraph_vat._io.protocols import Backend, Embedder, EmbedderError
 from langgraph_vat._ops.search import VectorIndex, failed_to_embed
 from langgraph_vat._ops.shared import now
+from langgraph_vat.errors import ConfigurationError
 
 logger = logging.getLogger("langgraph_vat")
 
@@ -38,16 +39,17 @@ class Outage:
     left_alone_until: float = 0.0
     said_at: float = float("-inf")
 
-    def begin(self, error: EmbedderError) -> None:
+    def begin(self, kind: str, *, may_pass: bool) -> None:
         """Note that it failed; say it once."""
-        if not error.is_lasting:  # else it may be the text
+        if may_pass:  # else it may be the text
             self.left_alone_until = now() + _LEFT_ALONE_S
-        self.say(error.kind)
-        self.kind = error.kind
+        self.say(kind)
 
     def say(self, kind: str) -> None:
         """Warn that it fails, unless that was said."""
-        if self.kind or now() - self.said_at < _SAID_S:
+        is_said = bool(self.kind) or now() - self.said_at < _SAID_S
+        self.kind = kind
+        if is_said:
             return
         self.said_at = now()
         logger.warning(
@@ -85,9 +87,11 @@ class Embedding:
     queries: Embedder
     timeout_s: float
     outage: Outage = field(default_factory=Outage)
+    is_closed: bool = False
 
     def close(self) -> None:
         """Have nobody wait for it any longer: what waits is stored, and queued."""
+        self.is_closed = True
         self.documents.close()
         self.queries.close()
 
@@ -98,6 +102,9 @@ class Embedded:
 
     vectors: dict[str, str] = field(default_factory=dict)
     failure: str = ""
+    """The type of what was raised."""
+    may_pass: bool = False
+    """Whether that is no fault of a text, as far as one can know."""
 
 
 async def embed_documents(
@@ -111,7 +118,7 @@ async def embed_documents(
     """
     if not texts or not embedding.outage.may_ask():
         return Embedded(failure=embedding.outage.kind)
-    return await _embed(embedding, backend, embedding.documents, list(texts))
+    return await _patiently(embedding, backend, embedding.documents, texts)
 
 
 async def embed_queries(
@@ -124,23 +131,40 @@ async def embed_queries(
         UnavailableError: The embedder failed.
         ConfigurationError: It gave something else than such vectors.
     """
-    found = await _embed(embedding, backend, embedding.queries, list(texts))
+    found = await _patiently(embedding, backend, embedding.queries, texts)
     if found.failure:
         raise failed_to_embed(found.failure)
     return found.vectors
 
 
+async def embed_queued(embedding: Embedding, backend: Backend, texts: Collection[str]) -> Embedded:
+    """Embed texts of items that wait: nobody else is asked for, and nothing is repeated here."""
+
+    async def once(texts: Sequence[str]) -> Any:
+        return await backend.embed(
+            embedding.documents, texts, timeout_s=embedding.timeout_s, alone=True
+        )
+
+    try:
+        found = await _embed(embedding, embedding.documents, list(texts), once)
+    except ConfigurationError as error:
+        found = Embedded(failure=type(error).__name__)
+    return found
+
+
 async def _embed(
-    embedding: Embedding, backend: Backend, embedder: Embedder, texts: list[str]
+    embedding: Embedding,
+    embedder: Embedder,
+    texts: list[str],
+    ask: Callable[[Sequence[str]], Awaitable[Any]],
 ) -> Embedded:
     found = Embedded()
     for start in range(0, len(texts), embedder.most):
         part = texts[start : start + embedder.most]
         try:
-            given = await _patiently(embedding, backend, embedder, part)
+            given = await ask(part)
         except EmbedderError as error:
-            embedding.outage.begin(error)
-            found.failure = error.kind
+            found.failure, found.may_pass = error.kind, not error.is_lasting
             break
         vectors = embedding.index.literals(given, len(part))
         found.vectors.update(zip(part, vectors, strict=True))
@@ -149,6 +173,18 @@ async def _embed(
 
 
 async def _patiently(
+    embedding: Embedding, backend: Backend, embedder: Embedder, texts: Collection[str]
+) -> Embedded:
+    async def ask(texts: Sequence[str]) -> Any:
+        return await _ask(embedding, backend, embedder, texts)
+
+    found = await _embed(embedding, embedder, list(texts), ask)
+    if found.failure:
+        embedding.outage.begin(found.failure, may_pass=found.may_pass)
+    return found
+
+
+async def _ask(
     embedding: Embedding, backend: Backend, embedder: Embedder, texts: Sequence[str]
 ) -> Any:
     """Ask again while it may help, and there is time; after the first time, for nobody else."""

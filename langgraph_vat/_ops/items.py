@@ -621,6 +621,12 @@ def _decoded(items: Items, row: Row) -> dict[str, Any]:
     }
 
 
+async def value_in(items: Items, session: Session, row: Row) -> Any:
+    """Return the value of an item as `sql.GET` selected it; None if it is gone meanwhile."""
+    rows = await _opened(items, session, [row])
+    return _decode(items, rows[0])["value"] if rows else None
+
+
 async def _list_namespaces(session: Session, op: ListNamespacesOp) -> list[tuple[str, ...]]:
     conditions = op.match_conditions or ()
     beginnings = [c.path for c in conditions if c.match_type == "prefix"]

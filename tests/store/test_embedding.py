@@ -5,81 +5,17 @@ import logging
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psycopg
 import pytest
 from langchain_core.embeddings import Embeddings
 from langgraph.store.base import GetOp, PutOp, SearchOp
 
 from langgraph_vat import ConfigurationError, Keyring, SemanticStore, UnavailableError
-from tests.store.embedder import DIMS, Embedder, embed
-
-SECRET = "marker-7f3a"
-HERE = ("a", "b")
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr("langgraph_vat._ops.embedding.PAUSES_S", (0.0, 0.0))
-
-
-@pytest.fixture
-def embedder() -> Iterator[Embedder]:
-    embedder = Embedder()
-    yield embedder
-    embedder.gate.set()
-
-
-@pytest.fixture
-def make(postgres_url) -> Iterator[Callable[..., SemanticStore]]:
-    """Make a store of this database, with this embedder."""
-    made: list[SemanticStore] = []
-
-    def one(embedder: Any, **more: Any) -> SemanticStore:
-        index: Any = {"dims": DIMS, "embed": embedder, "fields": ["text"]}
-        store = SemanticStore.from_conn_string(postgres_url, index=index, **more)
-        store.setup()
-        made.append(store)
-        return store
-
-    yield one
-    for store in made:
-        store.close()
-
-
-@pytest.fixture
-def query(postgres_url) -> Iterator[Callable[..., list[Any]]]:
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        yield lambda sql: connection.execute(sql).fetchall()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-async def soon(condition: Callable[[], object]) -> None:
-    """Likewise, while other tasks go on."""
-    async with asyncio.timeout(60):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.002)
-
-
-def callers(calls: Any) -> int:
-    """How many wait for an answer of the embedder."""
-    return sum(call.callers for call in calls._calls)
-
-
-VECTORS = "SELECT key, field_name FROM store_vectors ORDER BY 1, 2"
-PENDING = "SELECT key, paths, attempts, error FROM vat_store_pending ORDER BY 1"
+from tests.store.embedder import Embedder, embed
+from tests.store.queue import HERE, PENDING, SECRET, VECTORS, callers, soon, until
 
 
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["plain", "sealed"])
