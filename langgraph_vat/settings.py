@@ -135,6 +135,8 @@ class Settings:
         timeout_s: Seconds to wait for a connection or an answer.
         embed_timeout_s: Seconds for which a put or a search waits for the embedder, however often
             it is asked; for a batch with many texts, for every 128 of them.
+        embedding_cache_bytes: About how much of Redis's memory vectors of texts may take that were
+            embedded before, a week ago at most; 0 for none.
         epoch_ttl_s: Seconds for which a process may trust its last look at
             Postgres before it serves another read from Redis. When Redis fails,
             everyone waits once for the longest that any process uses.
@@ -157,6 +159,7 @@ class Settings:
     pool_size: int = 16
     timeout_s: float = 10.0
     embed_timeout_s: float = 30.0
+    embedding_cache_bytes: int = 64 * 2**20
     epoch_ttl_s: float = 1.0
     key_prefix: str = "vat"
 
@@ -204,6 +207,7 @@ class Settings:
         _require(0 < self.flush_after <= _YEAR_S, "flush_after must be 0 seconds to a year")
         _require(1 <= self.head_ttl_s <= 10 * _YEAR_S, "head_ttl_s must be 1 second to 10 years")
         _require(self.max_head_bytes >= 0, "max_head_bytes must not be negative")
+        _require(self.embedding_cache_bytes >= 0, "embedding_cache_bytes must not be negative")
         _require(self.pool_size >= 1, "pool_size must be at least 1 connection")
         _require(0 < self.timeout_s <= _DAY_S, "timeout_s must be more than 0 seconds, up to a day")
         _require(0 < self.embed_timeout_s <= _DAY_S, "embed_timeout_s must be 0 s to a day")

@@ -8,7 +8,8 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
 
 from langgraph_vat._durable.items import TABLES, VECTOR_TABLES
-from langgraph_vat._io.addresses import PostgresSource
+from langgraph_vat._hot.keys import Keys
+from langgraph_vat._io.addresses import PostgresSource, RedisSource
 from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.embedding import documents, queries
@@ -17,6 +18,7 @@ from langgraph_vat._io.protocols import Backend
 from langgraph_vat._lifecycle import Indexer
 from langgraph_vat._ops import items
 from langgraph_vat._ops.embedding import Embedding
+from langgraph_vat._ops.embedding_cache import EmbeddingCache, model_of
 from langgraph_vat._ops.indexing import count_pending, index_pending
 from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
@@ -42,10 +44,12 @@ class SemanticStore(Managed, BaseStore):
     transaction; a read in it sees the writes before it.
 
     Args:
-        connections: The address of Postgres.
+        connections: The address of Postgres; and of a Redis that keeps vectors of texts.
         index: What is embedded, as LangGraph's stores take it, with
             PostgresStore's ``distance_type`` and ``ann_index_config``. Scores
-            are 1 - distance for cosine, else the negative distance.
+            are 1 - distance for cosine, else the negative distance. ``model``
+            names what embeds, for Redis: else it is the provider string, or the
+            class of a LangChain embedder and its ``model``. A function has no name.
         ttl: When items expire, in minutes, fractions allowed.
         keyring: Seals values; fields are then filtered after opening, but for
             `Settings.filterable_fields`. Ids and embeddings stay readable.
@@ -85,7 +89,8 @@ class SemanticStore(Managed, BaseStore):
         embedding = None
         if vectors is not None:
             embedders = documents(vectors.embeddings), queries(vectors.embeddings)
-            embedding = Embedding(vectors, *embedders, settings.embed_timeout_s)
+            cache = self._cache(vectors, keyring, settings)
+            embedding = Embedding(vectors, *embedders, settings.embed_timeout_s, cache)
         self._items = items.Items(
             vectors, keyring, serde or StrictSerializer(), filterable, settings, embedding
         )
@@ -96,6 +101,7 @@ class SemanticStore(Managed, BaseStore):
         cls,
         postgres: PostgresSource,
         *,
+        redis: RedisSource | None = None,
         schema: str | None = None,
         index: IndexConfig | None = None,
         ttl: TTLConfig | None = None,
@@ -106,12 +112,24 @@ class SemanticStore(Managed, BaseStore):
         """
         Return a store that connects by itself.
 
+        With `redis`, texts that were embedded before are not embedded again, if it is
+        known which model embeds.
+
         Use it in ``with`` or ``async with``, which set up the schema and close
         it, or call `setup` and `close`.
         """
         tuned = Settings.of(settings)
-        connections = Connections(postgres, None, tuned, schema)
+        connections = Connections(postgres, redis, tuned, schema)
         return cls(connections, index=index, ttl=ttl, keyring=keyring, serde=serde, settings=tuned)
+
+    def _cache(
+        self, index: VectorIndex, keyring: KeyWrapper | None, settings: Settings
+    ) -> EmbeddingCache | None:
+        model = model_of(self.index_config or {}, index.embeddings)
+        if model is None or not self._connections.is_hot:
+            return None
+        most_bytes = settings.embedding_cache_bytes
+        return EmbeddingCache(model, index, keyring, Keys(settings.key_prefix), most_bytes)
 
     def setup(self, *, create_extension: bool = True) -> None:
         """

@@ -36,6 +36,10 @@ class Keys:
         """Hash: the newest checkpoint of a namespace with its values and pending writes."""
         return self._of(thread_id, "h") + b":" + checkpoint_ns.encode()
 
+    def vector(self, place: int) -> bytes:
+        """String: one of the vectors that are kept, by its place among all."""
+        return self._name(place % BUCKETS, f"e:{place}")
+
     def _of(self, thread_id: str, kind: str) -> bytes:
         raw = thread_id.encode()
         return self._name(self._bucket(thread_id), f"{kind}:{len(raw)}:") + raw

@@ -266,18 +266,20 @@ class RedisAddress:
                 return f"option {name!r}"
         return "an option"
 
-    def client(self, colour: ModuleType) -> Any:
+    def client(self, colour: ModuleType, timeout_s: float | None = None) -> Any:
         """
         Return a client, that has not connected unless it is a blocking cluster's.
 
         Args:
             colour: Module ``redis``, or ``redis.asyncio``.
+            timeout_s: Seconds for a connection or an answer, whatever was given else.
         """
         # At once, on another connection. Not after a timeout: one has waited enough.
         retry = colour.retry.Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-        options = {**self._limits, **self._options, "protocol": 2, "retry": retry}
+        short = {} if timeout_s is None else dict.fromkeys(self._limits, timeout_s)
+        options = {**self._limits, **self._options, **short, "protocol": 2, "retry": retry}
         if self._service is not None:
-            limits = {**self._limits, **self._sentinel}
+            limits = {**self._limits, **self._sentinel, **short}
             sentinel = colour.Sentinel(self._nodes, sentinel_kwargs=limits, **options)
             return sentinel.master_for(self._service)
         if self._is_cluster:

@@ -1,7 +1,7 @@
 """The backend verbs over asyncio clients, which belong to one event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -141,13 +141,26 @@ class AsyncioHot:
                 pipeline.execute_command(command, key, *args)
             return answers(await pipeline.execute(raise_on_error=False))
 
+    async def set_each(self, entries: Mapping[bytes, bytes], ttl_s: int) -> None:
+        async with self._using() as client:
+            pipeline = client.pipeline(transaction=False)
+            for key, value in entries.items():
+                pipeline.set(key, value, ex=ttl_s)
+            await pipeline.execute()
+
 
 class AsyncioBackend:
     """Both tiers for the callers on one event loop."""
 
-    def __init__(self, durable: AsyncioDurable, hot: AsyncioHot | None) -> None:
+    def __init__(
+        self,
+        durable: AsyncioDurable,
+        hot: AsyncioHot | None,
+        cache: AsyncioHot | None,
+    ) -> None:
         self.durable = durable
         self.hot = hot
+        self.cache = cache
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

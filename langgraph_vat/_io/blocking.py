@@ -1,7 +1,7 @@
 """The backend verbs over blocking clients. No method here ever suspends."""
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -127,13 +127,26 @@ class BlockingHot:
                 pipeline.execute_command(command, key, *args)
             return answers(pipeline.execute(raise_on_error=False))
 
+    async def set_each(self, entries: Mapping[bytes, bytes], ttl_s: int) -> None:
+        with map_redis():
+            pipeline = self._client.pipeline(transaction=False)
+            for key, value in entries.items():
+                pipeline.set(key, value, ex=ttl_s)
+            pipeline.execute()
+
 
 class BlockingBackend:
     """Both tiers for blocking callers."""
 
-    def __init__(self, durable: BlockingDurable, hot: BlockingHot | None) -> None:
+    def __init__(
+        self,
+        durable: BlockingDurable,
+        hot: BlockingHot | None,
+        cache: BlockingHot | None,
+    ) -> None:
         self.durable = durable
         self.hot = hot
+        self.cache = cache
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 - the blocking colour of this verb

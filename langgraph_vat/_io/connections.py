@@ -33,6 +33,8 @@ from langgraph_vat._io.protocols import Backend
 from langgraph_vat.errors import ConfigurationError, SchemaError, UnavailableError
 from langgraph_vat.settings import Settings
 
+# Seconds that a Redis may take for what can be had without it.
+_CACHE_S = 0.25
 SELECT_PID = "SELECT pg_backend_pid()"
 Tables = AbstractSet[str]
 LACKS_TABLES: LiteralString = """
@@ -178,8 +180,9 @@ class Connections:
             opened, self._blocking = self._blocking, None
         if opened is not None:
             opened[1].close()
-            if opened[0].hot is not None:
-                opened[0].hot.close()
+            for hot in (opened[0].hot, opened[0].cache):
+                if hot is not None:
+                    hot.close()
 
     async def aclose(self) -> None:
         """Close the connections of the running loop, and the blocking ones."""
@@ -202,10 +205,11 @@ class Connections:
         if failure is not None:
             raise failure  # outside the handler: see there
         pool = BlockingPool(address, settings.pool_size, settings.timeout_s)
-        hot = None
+        hot = cache = None
         if self._redis is not None:
             hot = BlockingHot(partial(self._redis.client, redis))
-        return BlockingBackend(BlockingDurable(pool), hot), pool
+            cache = BlockingHot(partial(self._redis.client, redis, self._cache_s))
+        return BlockingBackend(BlockingDurable(pool), hot, cache), pool
 
     async def _open_asyncio(self) -> tuple[AsyncioBackend, AsyncGenerator[None], AsyncioPool]:
         address, settings = self._postgres, self._settings
@@ -220,10 +224,17 @@ class Connections:
         if failure is not None:
             raise failure  # outside the handler: see there
         pool = AsyncioPool(address, settings.pool_size, settings.timeout_s)
-        hot = AsyncioHot(self._redis.client(redis.asyncio)) if self._redis is not None else None
-        lifetime = _until_loop_ends(pool, hot)
+        hot = cache = None
+        if self._redis is not None:
+            hot = AsyncioHot(self._redis.client(redis.asyncio))
+            cache = AsyncioHot(self._redis.client(redis.asyncio, self._cache_s))
+        lifetime = _until_loop_ends(pool, hot, cache)
         await anext(lifetime)
-        return AsyncioBackend(AsyncioDurable(pool), hot), lifetime, pool
+        return AsyncioBackend(AsyncioDurable(pool), hot, cache), lifetime, pool
+
+    @property
+    def _cache_s(self) -> float:
+        return min(_CACHE_S, self._settings.timeout_s)
 
     def _failure(self, error: psycopg.Error) -> UnavailableError:
         """
@@ -251,10 +262,11 @@ def closed() -> ConfigurationError:
     )
 
 
-async def _until_loop_ends(pool: AsyncioPool, hot: AsyncioHot | None) -> AsyncGenerator[None]:
+async def _until_loop_ends(pool: AsyncioPool, *every: AsyncioHot | None) -> AsyncGenerator[None]:
     try:
         yield
     finally:
         await pool.close()
-        if hot is not None:
-            await hot.close()
+        for hot in every:
+            if hot is not None:
+                await hot.close()

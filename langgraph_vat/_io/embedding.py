@@ -233,12 +233,16 @@ class SharedCalls:
     One method of an embedder, called for all who need it at the same time.
 
     Args:
+        kind: What it takes texts for.
         blocking: The method.
         suspending: Its asyncio twin; None if it has none of its own.
         most: Texts of one call.
     """
 
-    def __init__(self, blocking: Blocking, suspending: Suspending | None, most: int) -> None:
+    def __init__(
+        self, kind: str, blocking: Blocking, suspending: Suspending | None, most: int
+    ) -> None:
+        self.kind = kind
         self.most = most
         self._blocking = blocking
         self._suspending = suspending
@@ -305,7 +309,7 @@ class SharedCalls:
 def documents(embeddings: Embeddings) -> SharedCalls:
     """Return what embeds documents."""
     suspending = embeddings.aembed_documents if _is_own(embeddings, "aembed_documents") else None
-    return SharedCalls(_blocking(embeddings), suspending, MOST_TEXTS)
+    return SharedCalls("document", _blocking(embeddings), suspending, MOST_TEXTS)
 
 
 def queries(embeddings: Embeddings) -> SharedCalls:
@@ -320,7 +324,7 @@ def queries(embeddings: Embeddings) -> SharedCalls:
         return [embeddings.embed_query(text) for text in texts]
 
     is_own = _is_own(embeddings, "aembed_query")
-    return SharedCalls(blocking, suspending if is_own else None, 1)
+    return SharedCalls("query", blocking, suspending if is_own else None, 1)
 
 
 def _is_own(embeddings: Embeddings, name: str) -> bool:

@@ -65,6 +65,11 @@ class Embedder(Protocol):
     """One method of an embedder; see `embedding.py`."""
 
     @property
+    def kind(self) -> str:
+        """What it takes texts for: equal texts of one kind have equal vectors."""
+        ...
+
+    @property
     def most(self) -> int:
         """How many texts it may be given."""
         ...
@@ -171,6 +176,10 @@ class Hot(Protocol):
         """Run a command that reads once for each of `keys`, in a round trip to each server."""
         ...
 
+    async def set_each(self, entries: Mapping[bytes, bytes], ttl_s: int) -> None:
+        """Set strings that expire, likewise."""
+        ...
+
 
 class Backend(Runner, Protocol):
     """Both tiers in one colour, with the few other things that differ by colour."""
@@ -183,6 +192,11 @@ class Backend(Runner, Protocol):
     @property
     def hot(self) -> Hot | None:
         """The hot tier, if there is one."""
+        ...
+
+    @property
+    def cache(self) -> Hot | None:
+        """The same Redis for what can do without it: it is not waited for."""
         ...
 
     async def sleep(self, seconds: float) -> None:

@@ -13,9 +13,11 @@ Texts to vectors, whatever the embedder does.
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from langgraph_vat._io.protocols import Backend, Embedder, EmbedderError
+from langgraph_vat._ops.embedding_cache import EmbeddingCache
 from langgraph_vat._ops.search import VectorIndex, failed_to_embed
 from langgraph_vat._ops.shared import now
 from langgraph_vat.errors import ConfigurationError
@@ -26,8 +28,9 @@ logger = logging.getLogger("langgraph_vat")
 PAUSES_S = (0.2, 0.8)
 # Seconds for which documents do not ask what was just found failing.
 _LEFT_ALONE_S = 30.0
-# Nor is it said again.
+# Nor, for so many, is it said again.
 _SAID_S = 60.0
+_PROBE = "text"
 
 
 @dataclass(slots=True)
@@ -86,6 +89,7 @@ class Embedding:
     documents: Embedder
     queries: Embedder
     timeout_s: float
+    cache: EmbeddingCache | None = None
     outage: Outage = field(default_factory=Outage)
     is_closed: bool = False
 
@@ -102,9 +106,6 @@ class Embedded:
 
     vectors: dict[str, str] = field(default_factory=dict)
     failure: str = ""
-    """The type of what was raised."""
-    may_pass: bool = False
-    """Whether that is no fault of a text, as far as one can know."""
 
 
 async def embed_documents(
@@ -116,8 +117,6 @@ async def embed_documents(
     Raises:
         ConfigurationError: The embedder gave something else than such vectors.
     """
-    if not texts or not embedding.outage.may_ask():
-        return Embedded(failure=embedding.outage.kind)
     return await _patiently(embedding, backend, embedding.documents, texts)
 
 
@@ -139,52 +138,79 @@ async def embed_queries(
 
 async def embed_queued(embedding: Embedding, backend: Backend, texts: Collection[str]) -> Embedded:
     """Embed texts of items that wait: nobody else is asked for, and nothing is repeated here."""
-
-    async def once(texts: Sequence[str]) -> Any:
-        return await backend.embed(
-            embedding.documents, texts, timeout_s=embedding.timeout_s, alone=True
-        )
-
     try:
-        found = await _embed(embedding, embedding.documents, list(texts), once)
+        return await _embed(
+            embedding, backend, embedding.documents, texts, _once(embedding, backend)
+        )
     except ConfigurationError as error:
-        found = Embedded(failure=type(error).__name__)
-    return found
+        return Embedded(failure=type(error).__name__)
+
+
+async def failure_for_all(embedding: Embedding, backend: Backend) -> str:
+    """Return the type of what an embedder raises that is asked for what any can embed."""
+    try:
+        await _checked(embedding, [_PROBE], _once(embedding, backend))
+    except EmbedderError as error:
+        return error.kind
+    except ConfigurationError as error:
+        return type(error).__name__
+    return ""
+
+
+def _once(embedding: Embedding, backend: Backend) -> Callable[[Sequence[str]], Awaitable[Any]]:
+    return partial(backend.embed, embedding.documents, timeout_s=embedding.timeout_s, alone=True)
 
 
 async def _embed(
     embedding: Embedding,
+    backend: Backend,
     embedder: Embedder,
-    texts: list[str],
+    texts: Collection[str],
     ask: Callable[[Sequence[str]], Awaitable[Any]],
 ) -> Embedded:
-    found = Embedded()
-    for start in range(0, len(texts), embedder.most):
-        part = texts[start : start + embedder.most]
+    cache, found = embedding.cache, Embedded()
+    every = list(dict.fromkeys(texts))
+    for start in range(0, len(every), embedder.most):
+        part = every[start : start + embedder.most]
+        if cache is not None:
+            found.vectors.update(await cache.get(backend, embedder.kind, part))
+            part = [text for text in part if text not in found.vectors]
         try:
-            given = await ask(part)
+            new = await _checked(embedding, part, ask) if part else {}
         except EmbedderError as error:
-            found.failure, found.may_pass = error.kind, not error.is_lasting
+            found.failure = error.kind
             break
-        vectors = embedding.index.literals(given, len(part))
-        found.vectors.update(zip(part, vectors, strict=True))
-        embedding.outage.end()
+        found.vectors.update(new)
+        if cache is not None:
+            await cache.set(backend, embedder.kind, new)
     return found
+
+
+async def _checked(
+    embedding: Embedding, texts: Sequence[str], ask: Callable[[Sequence[str]], Awaitable[Any]]
+) -> dict[str, str]:
+    literals = embedding.index.literals(await ask(texts), len(texts))
+    embedding.outage.end()
+    return dict(zip(texts, literals, strict=True))
 
 
 async def _patiently(
     embedding: Embedding, backend: Backend, embedder: Embedder, texts: Collection[str]
 ) -> Embedded:
     async def ask(texts: Sequence[str]) -> Any:
-        return await _ask(embedding, backend, embedder, texts)
+        outage = embedding.outage
+        if embedder is embedding.documents and not outage.may_ask():
+            raise EmbedderError(outage.kind, is_lasting=False, was_shared=False)
+        try:
+            return await _repeated(embedding, backend, embedder, texts)
+        except EmbedderError as error:
+            outage.begin(error.kind, may_pass=not error.is_lasting)
+            raise
 
-    found = await _embed(embedding, embedder, list(texts), ask)
-    if found.failure:
-        embedding.outage.begin(found.failure, may_pass=found.may_pass)
-    return found
+    return await _embed(embedding, backend, embedder, texts, ask)
 
 
-async def _ask(
+async def _repeated(
     embedding: Embedding, backend: Backend, embedder: Embedder, texts: Sequence[str]
 ) -> Any:
     """Ask again while it may help, and there is time; after the first time, for nobody else."""

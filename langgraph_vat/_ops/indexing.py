@@ -20,15 +20,13 @@ from langgraph_vat._durable import embedding as sql
 from langgraph_vat._durable import items as items_sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
-from langgraph_vat._ops.embedding import Embedded, Embedding, embed_queued
+from langgraph_vat._ops.embedding import Embedded, Embedding, embed_queued, failure_for_all
 from langgraph_vat._ops.items import Items, replace_vectors, value_in
 from langgraph_vat._ops.shared import now
 from langgraph_vat._records import Pending
 from langgraph_vat.errors import ConfigurationError
 
 _PAGE = 32
-# What every embedder can embed.
-_PROBE = "text"
 
 
 @dataclass(slots=True)
@@ -100,7 +98,8 @@ async def _index(
     items: Items, embedding: Embedding, backend: Backend, rows: Sequence[Row]
 ) -> tuple[int, str]:
     waiting = await _read(items, embedding, backend, rows)
-    found = await _embed(embedding, backend, [one for one in waiting if one.texts is not None])
+    readable = [one for one in waiting if one.texts is not None]
+    found, is_out = await _embed(embedding, backend, readable)
     ready = [one for one in waiting if one.texts is not None and _has(found, one.texts)]
     done = await _store(embedding, backend, ready, found)
     left = [one for one in waiting if one.place not in done]
@@ -110,7 +109,7 @@ async def _index(
     if given:
         names = ("prefixes", "keys", "sinces", "errors", "are_due")
         await backend.durable.fetch(sql.GIVE_BACK, columns(given, *names))
-    return len(done), "" if found.vectors else found.failure
+    return len(done), found.failure if is_out or not done else ""
 
 
 async def _read(
@@ -146,20 +145,21 @@ async def _read_one(
     return one
 
 
-async def _embed(embedding: Embedding, backend: Backend, waiting: Sequence[_Waiting]) -> Embedded:
-    """Embed a page; of one that fails each item, unless the embedder fails for all."""
+async def _embed(
+    embedding: Embedding, backend: Backend, waiting: Sequence[_Waiting]
+) -> tuple[Embedded, bool]:
+    """Embed a page; of one that fails each item, unless the embedder fails for all: say if so."""
     texts = dict.fromkeys(text for one in waiting for text in (one.texts or {}).values())
     found = await embed_queued(embedding, backend, texts)
     if not found.failure:
-        return found
+        return found, False
     left = [one for one in waiting if not _has(found, one.texts or {})]
-    other = await embed_queued(embedding, backend, [_PROBE])
-    if other.failure:
+    if failure := await failure_for_all(embedding, backend):
         for one in left:
-            one.error, one.is_due = other.failure, True
+            one.error, one.is_due = failure, True
         if not embedding.is_closed:
-            embedding.outage.say(other.failure)
-        return found
+            embedding.outage.say(failure)
+        return found, True
     until = now() + 2 * embedding.timeout_s
     for one in left:
         if now() > until:
@@ -168,7 +168,7 @@ async def _embed(embedding: Embedding, backend: Backend, waiting: Sequence[_Wait
         own = await embed_queued(embedding, backend, (one.texts or {}).values())
         one.error = own.failure or None
         found.vectors.update(own.vectors)
-    return found
+    return found, False
 
 
 def _has(found: Embedded, texts: Mapping[str, str]) -> bool:

@@ -90,6 +90,10 @@ class IndexKey:
                 found[field] = token
         return found
 
+    def derived(self, *purpose: str | bytes) -> bytes:
+        """Return a key of 32 bytes for another purpose, from which this one cannot be told."""
+        return hmac.digest(self._secret, associated_data("derived key", *purpose), "sha256")
+
     def __repr__(self) -> str:
         return "IndexKey()"
 

@@ -88,6 +88,13 @@ class DataKey:
         """Return a new random key of a cipher that `Keyring.with_cipher` knows."""
         return cls([_secret(cipher)])
 
+    @classmethod
+    def derived(cls, key_id: bytes, secret: bytes, cipher: str = AES) -> Self:
+        """Return the key of 32 bytes that whoever has them, and its id of 8, can make again."""
+        if len(key_id) != _ID_BYTES or len(secret) != _KEY_BYTES:
+            raise SealError(_REFUSED)
+        return cls([_ALGORITHMS[cipher] + key_id + secret])
+
     @property
     def made_at(self) -> int:
         """When it was made, in Unix seconds; what it replaced was replaced then."""
