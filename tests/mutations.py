@@ -1229,6 +1229,13 @@ MUTATIONS = [
         "test_vat.py::test_a_step_waits_no_longer_than_flush_after",
     ),
     Mutation(
+        "a child waits for nothing that a thread of its parent was making",
+        "_hot/entries.py",
+        "    @made_once\n    def blobs",
+        "    @__import__('functools').cached_property\n    def blobs",
+        "test_processes.py::test_a_child_reads_though_a_thread_was_reading_when_it_was_forked",
+    ),
+    Mutation(
         "a forked child shares nothing with its parent",
         "_io/forks.py",
         "    os.register_at_fork(after_in_child=_renew_all)\n",

@@ -171,7 +171,8 @@ from langgraph_vat import HybridSaver, Keyring, SemanticStore
 saver = HybridSaver.from_conn_string(
     sys.argv[1], redis=sys.argv[2], keyring=Keyring.generate(), flush_after=0.2
 )
-store = SemanticStore.from_conn_string(sys.argv[1])
+index = {"dims": 2, "embed": lambda texts: [[1.0, float(len(text))] for text in texts]}
+store = SemanticStore.from_conn_string(sys.argv[1], index=index)
 builder = StateGraph(MessagesState).add_node("reply", lambda _: {"messages": [("ai", "x")]})
 graph = builder.add_edge(START, "reply").compile(checkpointer=saver)
 saver.setup()
@@ -208,6 +209,36 @@ saver.close()
 store.close()
 print("done")
 """
+
+
+READING = """
+import os, signal, threading
+from langgraph_vat._hot import entries
+
+class Slow(entries.Head):
+    def __init__(self):
+        self._generation, self._fields = "", {}
+
+begun = threading.Event()
+def slow(generation, fields):
+    begun.set()
+    threading.Event().wait()
+entries._parse_blobs = slow
+threading.Thread(target=lambda: Slow().blobs, daemon=True).start()
+begun.wait()
+entries._parse_blobs = lambda generation, fields: ("read",)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    os._exit(Slow().blobs != ("read",))
+print(os.waitpid(pid, 0)[1])
+"""
+
+
+def test_a_child_reads_though_a_thread_was_reading_when_it_was_forked():
+    command = [sys.executable, "-c", READING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_forked_children_share_nothing_with_their_parent(postgres_url, redis_url):

@@ -32,12 +32,12 @@ means it, there is sealing.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 from zlib import crc32
 
 import ormsgpack
 
+from langgraph_vat._io.forks import made_once
 from langgraph_vat._records import Blob, Core, Entry, Fence, PutEntry, Snapshot, Write, WritesEntry
 from langgraph_vat.errors import RefusedError
 
@@ -195,12 +195,12 @@ class Head:
         if self.core is None:
             _checked(self._fields[b"c"], *_core_place(*where))
 
-    @cached_property
+    @made_once
     def blobs(self) -> tuple[Blob, ...]:
         """The values of all channels, empty ones included."""
         return _parse_blobs(self._generation, self._fields)
 
-    @cached_property
+    @made_once
     def bases(self) -> tuple[Blob, ...]:
         """The values that those of them build on that are patches."""
         return tuple(
@@ -225,7 +225,7 @@ class Head:
         mine, writes = _write_prefix(self.checkpoint_id), self._all_writes
         return tuple(write for field, write in writes.items() if field[1:].startswith(mine))
 
-    @cached_property
+    @made_once
     def _all_writes(self) -> dict[bytes, Write]:
         return _parse_writes(self._generation, self._fields)
 

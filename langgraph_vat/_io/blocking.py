@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import psycopg
 import redis
 
 from langgraph_vat._io.addresses import all_clients
+from langgraph_vat._io.forks import made_once
 from langgraph_vat._io.mapping import (
     LOST,
     answers,
@@ -100,7 +100,7 @@ class BlockingHot:
     def __init__(self, connect: "Callable[[], redis.Redis | redis.RedisCluster]") -> None:
         self._connect = connect
 
-    @cached_property
+    @made_once
     def _client(self) -> Any:
         return self._connect()
 
