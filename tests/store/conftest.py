@@ -12,6 +12,8 @@ from tests.store.embedder import DIMS, Embedder
 
 @pytest.fixture
 def no_pauses(monkeypatch):
+    """Nobody waits before he asks again; and nothing is indexed by itself."""
+    monkeypatch.setattr("langgraph_vat._lifecycle._INDEX_S", 3_600.0)
     monkeypatch.setattr("langgraph_vat._ops.embedding.PAUSES_S", (0.0, 0.0))
 
 
