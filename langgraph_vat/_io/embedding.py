@@ -151,7 +151,8 @@ class _Calls(ABC):
                 await self.wait(call.gate, wait_s)
             with self._lock:
                 call.has_begun = True
-                texts = list(call.texts) if call.callers else []
+                is_awaited = call.callers and not call.outcome.done()
+                texts = list(call.texts) if is_awaited else []
             if texts:
                 outcome = _Outcome(await self.ask(texts))
         except BaseException as error:  # noqa: BLE001 - an embedder may raise anything

@@ -204,7 +204,8 @@ async def _patiently(
         try:
             return await _repeated(embedding, backend, embedder, texts)
         except EmbedderError as error:
-            outage.begin(error.kind, may_pass=not error.is_lasting)
+            if not embedding.is_closed:
+                outage.begin(error.kind, may_pass=not error.is_lasting)
             raise
 
     return await _embed(embedding, backend, embedder, texts, ask)

@@ -337,6 +337,27 @@ def test_a_task_that_is_cancelled_takes_nothing_from_the_others(make, query, pat
     assert [key for key, _ in query(VECTORS)] == ["1", "2", "4", "5"]
 
 
+@pytest.mark.parametrize("face", ["sync", "async"])
+def test_when_a_store_closes_nobody_waits_and_what_waited_is_queued(make, query, caplog, face):
+    embedder = Embedder()
+    store = make(embedder)
+    embedder.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        if face == "sync":
+            put = pool.submit(store.put, HERE, "k", {"text": "abc"})
+        else:
+            put = pool.submit(asyncio.run, store.aput(HERE, "k", {"text": "abc"}))
+        until(lambda: embedder.calls)
+        store._items.embedding.close()
+        put.result()
+    assert not embedder.gate.is_set()
+    assert query(PENDING) == [("k", None, 0, "closed")]
+    assert caplog.records == []
+    store.put(HERE, "later", {"text": "abc"})
+    assert len(embedder.calls) == 1
+    embedder.gate.set()
+
+
 ENDING = """
 import asyncio, sys, threading
 from langgraph_vat import SemanticStore
