@@ -41,7 +41,8 @@ class SemanticStore(Managed, BaseStore):
 
     One object serves sync and async, from any thread and any event loop, and
     may be made anywhere; it connects when it is first used. A batch is one
-    transaction; a read in it sees the writes before it.
+    transaction; a read in it sees the writes before it. An item whose texts cannot
+    be embedded now is stored, and waits for its vectors: see `pending`.
 
     Args:
         connections: The address of Postgres; and of a Redis that keeps vectors of texts.
