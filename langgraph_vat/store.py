@@ -13,6 +13,7 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
 from langgraph_vat._ops import items
+from langgraph_vat._ops.address import Space
 from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
@@ -74,6 +75,7 @@ class SemanticStore(Managed, BaseStore):
         self.ttl_config = ttl
         self.index_config = index
         self._connections = connections
+        self._space = Space(None)
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
         filterable = settings.filterable_fields if keyring is not None else ()
@@ -152,11 +154,13 @@ class SemanticStore(Managed, BaseStore):
             SealError: A value was changed, moved, or is not sealed.
             UnavailableError: All of it was written, or none.
         """
-        return drive(items.batch(self._items, self._connections.blocking(self._needs), ops))
+        backend = self._connections.blocking(self._needs)
+        return drive(items.batch(self._items, backend, self._space, ops))
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
-        return await items.batch(self._items, await self._connections.asyncio(self._needs), ops)
+        backend = await self._connections.asyncio(self._needs)
+        return await items.batch(self._items, backend, self._space, ops)
 
     def rotate(self) -> Rotated:
         """Wrap the data keys of roots by the keyring's primary key; see `Threads.rotate`."""

@@ -10,6 +10,10 @@ from typing import LiteralString
 
 from psycopg import sql
 
+from langgraph_vat._durable import namespaces
+from langgraph_vat._durable.namespaces import LIVING as _ALIVE
+from langgraph_vat._durable.namespaces import SCOPE as _SCOPE
+
 SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS store_migrations (v INTEGER PRIMARY KEY)",
     """
@@ -35,6 +39,7 @@ ALTER TABLE store
     ADD COLUMN IF NOT EXISTS vat_value BYTEA,
     ADD COLUMN IF NOT EXISTS vat_ttl DOUBLE PRECISION""",
     "CREATE TABLE IF NOT EXISTS vat_store_keys (root TEXT PRIMARY KEY, data_key BYTEA NOT NULL)",
+    namespaces.INDEX,
 )
 
 # What the statements name.
@@ -244,7 +249,6 @@ PLACE: LiteralString = "s.prefix, s.key"
 ITEM: LiteralString = """
 s.prefix, s.key, s.value, s.vat_type, s.vat_value, s.created_at, s.updated_at,
 s.vat_ttl IS NOT NULL OR s.ttl_minutes IS NOT NULL"""
-_ALIVE: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
 
 # By primary key, one lookup an item.
 GET: LiteralString = (
@@ -296,29 +300,12 @@ FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(fields)s::text[], %(embedd
     AS n (prefix, key, field, embedding)
 """
 
-# All namespaces below a literal beginning; the rest is matched in Python.
-NAMESPACES: LiteralString = (
-    """
-SELECT DISTINCT s.prefix FROM store s
-WHERE (%(prefix)s = '' OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
-AND """
-    + _ALIVE
-)
-
 SWEEP: LiteralString = """
 DELETE FROM store s USING (
     SELECT prefix, key FROM store WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
 ) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key RETURNING 1
 """
-
-# Which items a search is about.
-_SCOPE: LiteralString = (
-    """
-(%(prefix)s = '' OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
-AND """
-    + _ALIVE
-)
 
 LIST: LiteralString = (
     "SELECT {columns}, NULL::float8 FROM store s WHERE "

@@ -7,7 +7,7 @@ import psycopg
 from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
-from langgraph_vat._durable import schema
+from langgraph_vat._durable import namespaces, schema
 from langgraph_vat._durable.blind import item_indexes
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.schema import (
@@ -39,7 +39,8 @@ async def setup_items(
         ConfigurationError: The table's vectors have other dimensions.
     """
     tables = sql.TABLES if index is None else sql.VECTOR_TABLES
-    if await damages(backend.durable, tables):
+    lacks_index = await backend.durable.fetch(namespaces.LACKS_INDEX)
+    if lacks_index or await damages(backend.durable, tables):
 
         async def body(session: Session) -> None:
             await session.execute(schema.LOCK)
@@ -81,7 +82,11 @@ async def check_items(
         found = await damages(backend.durable, sql.TABLES) + await unusable(backend, [*sql.TABLES])
     else:
         found = await _check_vectors(backend, index)
-    return found or await slow(backend, "filterable_fields", item_indexes(filterable))
+    if found:
+        return found
+    if await backend.durable.fetch(namespaces.LACKS_INDEX):
+        found.append("index vat_store_prefix is missing: run setup()")
+    return found + await slow(backend, "filterable_fields", item_indexes(filterable))
 
 
 async def _check_vectors(backend: Backend, index: VectorIndex) -> list[str]:

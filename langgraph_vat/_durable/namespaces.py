@@ -1,0 +1,120 @@
+"""
+Every statement on namespaces as a whole: which there are, how many items one has, and its end.
+
+In the order of bytes, which is that of collation C, what is below a namespace is one range of
+prefixes: from ``a.`` to ``a/``, the character after the dot. The namespace itself is another one:
+between the two are its neighbours, such as ``a-b``. The primary key has that order; where
+PostgresStore made the table it has the database's, and `INDEX` is beside it.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, LiteralString
+
+from langgraph.store.base import MatchCondition
+
+LIVING: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
+
+# Which items a search is about. Of all there are, those of no tenant.
+SCOPE: LiteralString = (
+    """
+(%(prefix)s = '' AND NOT starts_with(s.prefix, 'vat-tenant:')
+ OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
+AND """
+    + LIVING
+)
+
+INDEX: LiteralString = """
+DO $$ BEGIN
+    IF EXISTS (
+        SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
+        WHERE a.attrelid = 'store'::regclass AND a.attname = 'prefix' AND c.collname <> 'C'
+    ) THEN
+        CREATE INDEX IF NOT EXISTS vat_store_prefix ON store (prefix COLLATE "C", key);
+    END IF;
+END $$"""
+LACKS_INDEX: LiteralString = """
+SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
+WHERE a.attrelid = to_regclass('store') AND a.attname = 'prefix' AND c.collname <> 'C'
+AND to_regclass('vat_store_prefix') IS NULL
+"""
+
+# From one namespace to the next, by two look-ups each, however many items it has. Where a
+# namespace that is shown in part has been found, all others of that part are jumped over, and
+# so are the tenants. The next bound is always greater than what was found: it ends. OFFSET 0 has
+# what is used three times looked up once.
+LIST: LiteralString = (
+    """
+WITH RECURSIVE steps (namespace, bound) AS (
+    SELECT NULL::text[] COLLATE "C", %(first)s::text COLLATE "C"
+    UNION ALL
+    SELECT kept.namespace, CASE
+        WHEN starts_with(found.prefix, %(hidden)s) THEN 'vat-tenant;'
+        WHEN kept.namespace IS NOT NULL AND %(depth)s::int = 0 THEN NULL
+        WHEN kept.namespace IS NOT NULL AND cardinality(split.labels) > %(depth)s
+        THEN left(found.prefix, %(cut)s) || array_to_string(kept.namespace, '.') || '/'
+        ELSE greatest(found.prefix || chr(1), %(below)s)
+    END COLLATE "C"
+    FROM steps
+    CROSS JOIN LATERAL (
+        SELECT s.prefix COLLATE "C" AS prefix FROM store s WHERE s.prefix COLLATE "C" >= steps.bound
+        ORDER BY s.prefix COLLATE "C" LIMIT 1
+    ) AS found
+    CROSS JOIN LATERAL (SELECT substr(found.prefix, %(cut)s::int + 1) AS shown) AS own
+    CROSS JOIN LATERAL (SELECT string_to_array(own.shown, '.') AS labels) AS split
+    CROSS JOIN LATERAL (
+        SELECT CASE
+            WHEN starts_with(found.prefix, %(hidden)s) THEN NULL
+            WHEN own.shown ~ ALL (%(patterns)s::text[]) THEN (
+                SELECT split.labels[1:%(depth)s] FROM store s
+                WHERE s.prefix COLLATE "C" = found.prefix AND """
+    + LIVING
+    + """ LIMIT 1
+            )
+        END AS namespace OFFSET 0
+    ) AS kept
+    WHERE %(end)s::text IS NULL OR found.prefix < %(end)s
+)
+SELECT n.namespace FROM (SELECT DISTINCT namespace FROM steps WHERE namespace IS NOT NULL) AS n
+ORDER BY n.namespace COLLATE "C" LIMIT %(limit)s OFFSET %(offset)s"""
+)
+
+# More labels than a namespace can have.
+_MOST_LABELS = 2_000
+
+
+def listing(
+    root: str, conditions: Sequence[MatchCondition], max_depth: int | None
+) -> dict[str, Any]:
+    """
+    Return the parameters of `LIST`, but for limit and offset.
+
+    Args:
+        root: The label that all namespaces begin with and none is shown with; "" for none.
+        conditions: What they must be like without it.
+        max_depth: How many labels of each are shown; None for all.
+    """
+    beginnings = (c.path for c in conditions if c.match_type == "prefix")
+    literal = max((_literal(path) for path in beginnings), key=len, default=())
+    stored = ".".join([root, *literal] if root else literal)
+    return {
+        "first": f"{root}." if root == stored != "" else stored,  # no namespace is the root alone
+        "below": f"{stored}." if stored else "",
+        "end": f"{stored}/" if stored else None,
+        "cut": len(root) + 1 if root else 0,
+        "hidden": None if root else "vat-tenant:",
+        "patterns": [_pattern(c) for c in conditions if c.path],
+        "depth": min(_MOST_LABELS if max_depth is None else max_depth, _MOST_LABELS),
+    }
+
+
+def _literal(path: Sequence[str]) -> tuple[str, ...]:
+    return tuple(itertools.takewhile(lambda label: label != "*", path))
+
+
+def _pattern(condition: MatchCondition) -> str:
+    """Return it as a regular expression; what `re` escapes means itself to Postgres, too."""
+    labels = ("[^.]+" if label == "*" else re.escape(label) for label in condition.path)
+    joined = r"\.".join(labels)
+    return rf"^{joined}(\.|$)" if condition.match_type == "prefix" else rf"(^|\.){joined}$"
