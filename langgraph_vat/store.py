@@ -1,5 +1,6 @@
 """LangGraph's store on Postgres and pgvector: each method pair is one operation."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -12,8 +13,9 @@ from langgraph_vat._io.connections import Connections
 from langgraph_vat._io.driver import drive
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
-from langgraph_vat._ops import items
-from langgraph_vat._ops.address import Space
+from langgraph_vat._io.tenant import TenantConnections
+from langgraph_vat._ops import items, namespaces
+from langgraph_vat._ops.address import Space, check
 from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
@@ -23,7 +25,7 @@ from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
 from langgraph_vat._records import Resealed, Rotated, Sealed
 from langgraph_vat._seal.strict import StrictSerializer
-from langgraph_vat.errors import ConfigurationError
+from langgraph_vat.errors import ConfigurationError, InvalidInputError
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
@@ -74,7 +76,7 @@ class SemanticStore(Managed, BaseStore):
             raise ConfigurationError(f"default_{items.TTL_RULE}")
         self.ttl_config = ttl
         self.index_config = index
-        self._connections = connections
+        self._connections: Connections | TenantConnections = connections
         self._space = Space(None)
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
@@ -173,7 +175,7 @@ class SemanticStore(Managed, BaseStore):
     async def _rotate(self, backend: Backend) -> Rotated:
         if self._items.keyring is None:
             raise ConfigurationError("there is no keyring to rotate to; pass keyring=")
-        return await rotate_roots(backend.durable, self._items.keyring)
+        return await rotate_roots(backend.durable, self._items.keyring, self._space.root)
 
     def reseal(self, *, max_age_s: float = 0.0) -> Resealed:
         """Seal values anew, under new data keys; see `Threads.reseal`."""
@@ -185,7 +187,7 @@ class SemanticStore(Managed, BaseStore):
 
     async def _reseal(self, backend: Backend, max_age_s: float) -> Resealed:
         check_age(self._items.keyring, max_age_s)
-        return await reseal_roots(self._items, backend, max_age_s)
+        return await reseal_roots(self._items, backend, max_age_s, self._space.root)
 
     def seal_existing(self) -> Sealed:
         """
@@ -194,11 +196,13 @@ class SemanticStore(Managed, BaseStore):
         All under one first label are sealed in one transaction; whoever puts an item there
         waits for it.
         """
-        return drive(seal_roots(self._items, self._connections.blocking(self._needs)))
+        backend = self._connections.blocking(self._needs)
+        return drive(seal_roots(self._items, backend, self._space.root))
 
     async def aseal_existing(self) -> Sealed:
         """Like `seal_existing`."""
-        return await seal_roots(self._items, await self._connections.asyncio(self._needs))
+        backend = await self._connections.asyncio(self._needs)
+        return await seal_roots(self._items, backend, self._space.root)
 
     def shred(self, root: str) -> None:
         """
@@ -210,7 +214,8 @@ class SemanticStore(Managed, BaseStore):
         see `Threads.shred`.
 
         Raises:
-            InvalidInputError: Nothing sealed was put there.
+            InvalidInputError: Nothing sealed was put there, or this is a tenant's view:
+                see `shred_all`.
         """
         drive(self._shred(self._connections.blocking(self._needs), root))
 
@@ -219,18 +224,127 @@ class SemanticStore(Managed, BaseStore):
         await self._shred(await self._connections.asyncio(self._needs), root)
 
     async def _shred(self, backend: Backend, root: str) -> None:
-        await shred_root(self._items, backend, root)
+        if self._space.root:
+            raise InvalidInputError(
+                "a tenant has one data key for all namespaces, and no other; nothing was changed."
+                " shred_all() destroys it"
+            )
+        await shred_root(self._items, backend, *self._space.stored((root,)))
+
+    def shred_all(self) -> int:
+        """
+        Shred all that a tenant has; return how many data keys that were: one, or none.
+
+        See `shred`. After `delete_all` the tenant's name can be used again.
+
+        Raises:
+            InvalidInputError: This is not a tenant's view; see `scoped`.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.shred_tenant(self._items, backend, self._space))
+
+    async def ashred_all(self) -> int:
+        """Like `shred_all`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.shred_tenant(self._items, backend, self._space)
+
+    def count(
+        self, namespace_prefix: tuple[str, ...] = (), *, filter: dict[str, Any] | None = None
+    ) -> int:
+        """
+        Return how many items a search would find.
+
+        Postgres counts them; sealed items are opened for a filter, each, as a search does.
+
+        Args:
+            namespace_prefix: Where; () for everywhere.
+            filter: What their values must be like; see `search`.
+
+        Raises:
+            InvalidInputError: The filter could not be answered.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.count(self._items, backend, self._space, namespace_prefix, filter))
+
+    async def acount(
+        self, namespace_prefix: tuple[str, ...] = (), *, filter: dict[str, Any] | None = None
+    ) -> int:
+        """Like `count`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.count(self._items, backend, self._space, namespace_prefix, filter)
+
+    def delete_namespace(self, namespace_prefix: tuple[str, ...]) -> int:
+        """
+        Delete a namespace and all below it, with their vectors; return how many items there were.
+
+        Not in one transaction but in steps of a thousand items, so that nobody waits for long.
+        Stopped, it can be run again, and deletes what is left. Items that others put meanwhile
+        may stay. A label's data key stays, too; see `shred`.
+
+        Args:
+            namespace_prefix: The namespace. ``*`` is a label like any other.
+
+        Raises:
+            InvalidInputError: It is empty.
+            UnavailableError: Postgres does not answer. What was deleted by then is.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.delete_below(backend, self._space, namespace_prefix))
+
+    async def adelete_namespace(self, namespace_prefix: tuple[str, ...]) -> int:
+        """Like `delete_namespace`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.delete_below(backend, self._space, namespace_prefix)
+
+    def delete_all(self) -> int:
+        """
+        Delete all items of a tenant; return how many there were. See `delete_namespace`.
+
+        Raises:
+            InvalidInputError: This is not a tenant's view; see `scoped`.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.delete_tenant(backend, self._space))
+
+    async def adelete_all(self) -> int:
+        """Like `delete_all`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.delete_tenant(backend, self._space)
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""
-        return drive(items.sweep(self._connections.blocking(self._needs)))
+        return drive(items.sweep(self._connections.blocking(self._needs), self._space.root))
 
     async def asweep_ttl(self) -> int:
         """Like `sweep_ttl`."""
-        return await items.sweep(await self._connections.asyncio(self._needs))
+        backend = await self._connections.asyncio(self._needs)
+        return await items.sweep(backend, self._space.root)
+
+    def scoped(self, tenant: str) -> Self:
+        """
+        Return a view that can neither get, search, list, put nor delete outside `tenant`.
+
+        Namespaces of one tenant are no others' and not those of this store, whatever their
+        labels are. Sealed, a tenant has one data key. The view shares connections and everything
+        else with this store, which is the one to close.
+
+        Raises:
+            InvalidInputError: The tenant's name cannot be stored, or this is a
+                tenant's view already.
+        """
+        if isinstance(self._connections, TenantConnections):
+            raise InvalidInputError("this is a tenant's view already; take another from the store")
+        view = copy.copy(self)
+        view._space = Space(check("tenant", tenant))  # noqa: SLF001 - a copy of this very object
+        view._connections = TenantConnections(self._connections, tenant)  # noqa: SLF001
+        return view
 
     def close(self) -> None:
-        """Close the connections. May be called again."""
+        """
+        Close the connections. May be called again.
+
+        A tenant's view closes nothing: others use the same connections.
+        """
         self._connections.close()
 
     async def aclose(self) -> None:

@@ -147,6 +147,7 @@ NEXT_PLAIN_ROOTS: LiteralString = """
 SELECT r.root FROM (
     SELECT DISTINCT split_part(s.prefix, '.', 1) AS root FROM store s
     WHERE split_part(s.prefix, '.', 1) > %(after)s
+    AND (%(only)s = '' OR starts_with(s.prefix, %(only)s || '.'))
 ) AS r
 WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
 ORDER BY r.root LIMIT %(limit)s
@@ -181,7 +182,7 @@ RETURNING root
 
 SEALED_ROOTS: LiteralString = """
 SELECT root FROM vat_store_keys WHERE root > %(after)s AND data_key <> ''
-ORDER BY root LIMIT %(limit)s
+AND (%(only)s = '' OR root = %(only)s) ORDER BY root LIMIT %(limit)s
 """
 
 # Items that were sealed by another data key than the one whose messages begin so.
@@ -204,7 +205,8 @@ WHERE s.prefix = n.prefix AND s.key = n.key
 
 SELECT_KEYS: LiteralString = """
 SELECT root, data_key FROM vat_store_keys
-WHERE root > %(after)s AND data_key <> '' ORDER BY root LIMIT %(limit)s FOR UPDATE
+WHERE root > %(after)s AND data_key <> '' AND (%(only)s = '' OR root = %(only)s)
+ORDER BY root LIMIT %(limit)s FOR UPDATE
 """
 
 REPLACE_KEYS: LiteralString = """
@@ -302,7 +304,9 @@ FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(fields)s::text[], %(embedd
 
 SWEEP: LiteralString = """
 DELETE FROM store s USING (
-    SELECT prefix, key FROM store WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+    SELECT prefix, key FROM store
+    WHERE expires_at <= now() AND (%(only)s = '' OR starts_with(prefix, %(only)s || '.'))
+    LIMIT 1000 FOR UPDATE SKIP LOCKED
 ) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key RETURNING 1
 """

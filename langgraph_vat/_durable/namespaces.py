@@ -118,3 +118,50 @@ def _pattern(condition: MatchCondition) -> str:
     labels = ("[^.]+" if label == "*" else re.escape(label) for label in condition.path)
     joined = r"\.".join(labels)
     return rf"^{joined}(\.|$)" if condition.match_type == "prefix" else rf"(^|\.){joined}$"
+
+
+def ranges(prefix: str) -> list[tuple[str, str | None]]:
+    """Return where a namespace is, and where all below it are: from the first, before the other."""
+    if not prefix:  # and no tenant's
+        return [("", "vat-tenant:"), ("vat-tenant;", None)]
+    return [(prefix, f"{prefix}\x01"), (f"{prefix}.", f"{prefix}/")]
+
+
+# Of a label that was shredded nothing can be found.
+COUNT: LiteralString = (
+    "SELECT count(*) FROM store s WHERE "
+    + SCOPE
+    + """ AND {filter} AND (
+    NOT %(is_sealed)s OR split_part(s.prefix, '.', 1) <> ALL (
+        SELECT k.root FROM vat_store_keys k WHERE k.data_key = ''
+    )
+)"""
+)
+
+# The next items of a range; behind those at the end of it nothing is looked at.
+_NEXT: LiteralString = """
+s.prefix COLLATE "C" >= %(first)s AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
+AND (s.prefix COLLATE "C", s.key) > (%(after_prefix)s, %(after_key)s)"""
+_IN_ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key LIMIT %(limit)s'
+
+PAGE: LiteralString = (
+    "SELECT {columns} FROM store s WHERE " + _NEXT + " AND {filter} AND " + LIVING + _IN_ORDER
+)
+
+# Tells how many of them lived, and which was the last. Their vectors go with them.
+DELETE_NEXT: LiteralString = (
+    """
+WITH gone AS (
+    DELETE FROM store s USING (
+        SELECT s.prefix, s.key FROM store s WHERE """
+    + _NEXT
+    + _IN_ORDER
+    + """ FOR UPDATE
+    ) AS n
+    WHERE s.prefix = n.prefix AND s.key = n.key RETURNING s.prefix, s.key, """
+    + LIVING
+    + """ AS lived
+)
+SELECT (SELECT count(*) FROM gone WHERE lived), g.prefix, g.key
+FROM gone g ORDER BY g.prefix COLLATE "C" DESC, g.key DESC LIMIT 1"""
+)

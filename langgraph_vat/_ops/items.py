@@ -146,10 +146,14 @@ def _shown(space: Space, results: list[Result]) -> list[Result]:
     return results
 
 
-async def sweep(backend: Backend) -> int:
-    """Delete what has expired, in small steps that pass over what others hold; return how many."""
+async def sweep(backend: Backend, only: str = "") -> int:
+    """
+    Delete what has expired, in small steps that pass over what others hold; return how many.
+
+    Of `only` one root, or "" for all.
+    """
     swept = 0
-    while deleted := len(await backend.durable.fetch(sql.SWEEP)):
+    while deleted := len(await backend.durable.fetch(sql.SWEEP, {"only": only})):
         swept += deleted
     return swept
 
@@ -562,19 +566,21 @@ async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Res
     return [Item(**_decode(items, found[p])) if p in found else None for p in places]
 
 
-async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
-    index = items.index
+def query_for(items: Items, session: Session, op: SearchOp, vector: str | None) -> search.Query:
+    """Plan a search, by meaning if there is a vector, of values that may have to be opened."""
 
     async def matching(rows: list[Row]) -> list[Row]:
         shown = _not_shredded(items, await _opened(items, session, rows))
         return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
 
-    needs_opening = items.keyring is not None or not is_plain(op.filter or {})
-    vector = plan.queries.get(op.query or "")
-    if needs_opening:
-        query = search.prepare(op, index, vector, matching, _wanted_tokens(items, op))
-    else:
-        query = search.prepare(op, index, vector)
+    if items.keyring is not None or not is_plain(op.filter or {}):
+        return search.prepare(op, items.index, vector, matching, _wanted_tokens(items, op))
+    return search.prepare(op, items.index, vector)
+
+
+async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
+    index = items.index
+    query = query_for(items, session, op, plan.queries.get(op.query or ""))
     rows = await search.run(session, query)
     rows = _not_shredded(items, await _opened(items, session, rows))
     if op.refresh_ttl:
