@@ -22,7 +22,13 @@ from langgraph_vat._ops.rotate import rotate_roots
 from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.seal_items import seal_roots
 from langgraph_vat._ops.search import VectorIndex
-from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
+from langgraph_vat._ops.store_schema import (
+    check_items,
+    ddl,
+    has_row_security,
+    secure,
+    setup_items,
+)
 from langgraph_vat._records import Resealed, Rotated, Sealed
 from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import ConfigurationError, InvalidInputError
@@ -107,33 +113,46 @@ class SemanticStore(Managed, BaseStore):
         connections = Connections(postgres, None, tuned, schema)
         return cls(connections, index=index, ttl=ttl, keyring=keyring, serde=serde, settings=tuned)
 
-    def setup(self, *, create_extension: bool = True) -> None:
+    def setup(self, *, create_extension: bool = True, row_security: bool = False) -> None:
         """
         Create or migrate the tables. Safe in many processes at once, and again.
 
         Args:
             create_extension: Whether to create the extension ``vector`` where it is
                 missing; many hosts leave that to somebody else.
+            row_security: Whether Postgres itself is to show a tenant's view its own rows
+                alone, and others none; see docs/operations.md. Once there, it stays.
 
         Raises:
             SchemaError: They cannot be brought up to date; pgvector is missing.
             ConfigurationError: The table's vectors have other dimensions.
         """
-        drive(self._setup(self._connections.blocking(), create_extension=create_extension))
+        backend = self._connections.blocking()
+        drive(self._setup(backend, create_extension=create_extension, row_security=row_security))
 
-    async def asetup(self, *, create_extension: bool = True) -> None:
+    async def asetup(self, *, create_extension: bool = True, row_security: bool = False) -> None:
         """Like `setup`."""
-        await self._setup(await self._connections.asyncio(), create_extension=create_extension)
+        backend = await self._connections.asyncio()
+        await self._setup(backend, create_extension=create_extension, row_security=row_security)
 
-    async def _setup(self, backend: Backend, *, create_extension: bool) -> None:
+    async def _setup(self, backend: Backend, *, create_extension: bool, row_security: bool) -> None:
         await prepare(backend, self._connections.schema)
         known = self._items
         await setup_items(backend, known.index, known.filterable, create_extension=create_extension)
+        if row_security or await has_row_security(backend):
+            await items.open_tokens(known, backend)  # while their key can be made: no tenant may
+            await secure(backend)
 
-    def ddl(self, *, create_extension: bool = True) -> str:
+    def ddl(self, *, create_extension: bool = True, row_security: bool = False) -> str:
         """Return the SQL that `setup` runs; see `HybridSaver.ddl`."""
         schema, known = self._connections.schema, self._items
-        return ddl(schema, known.index, known.filterable, create_extension=create_extension)
+        return ddl(
+            schema,
+            known.index,
+            known.filterable,
+            create_extension=create_extension,
+            row_security=row_security,
+        )
 
     def check(self) -> Sequence[str]:
         """Return what the tables or the role lack; see `HybridSaver.check`."""

@@ -165,3 +165,46 @@ WITH gone AS (
 SELECT (SELECT count(*) FROM gone WHERE lived), g.prefix, g.key
 FROM gone g ORDER BY g.prefix COLLATE "C" DESC, g.key DESC LIMIT 1"""
 )
+
+# --- row-level security -----------------------------------------------------------
+
+# The first label of the tenant that a transaction says it is of; null, which is none, otherwise.
+_TENANT: LiteralString = (
+    "'vat-tenant:' || replace(replace(nullif(current_setting('langgraph_vat.tenant', true), ''),"
+    " '%', '%25'), '.', '%2E')"
+)
+# In this form Postgres asks once a statement, and finds the tenant's rows by the primary key.
+_OF_TENANT: LiteralString = (
+    'USING (prefix COLLATE "C" >= (SELECT '
+    + _TENANT
+    + " || '.') AND prefix COLLATE \"C\" < (SELECT "
+    + _TENANT
+    + " || '/'))"
+)
+# The key of the tokens is read by all tenants, and changed by none.
+ROW_SECURITY: dict[str, tuple[LiteralString, ...]] = {
+    "store": (
+        "DROP POLICY IF EXISTS vat_tenant ON store",
+        "CREATE POLICY vat_tenant ON store " + _OF_TENANT,
+        "ALTER TABLE store ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+    ),
+    "store_vectors": (
+        "DROP POLICY IF EXISTS vat_tenant ON store_vectors",
+        "CREATE POLICY vat_tenant ON store_vectors " + _OF_TENANT,
+        "ALTER TABLE store_vectors ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+    ),
+    "vat_store_keys": (
+        "DROP POLICY IF EXISTS vat_tenant ON vat_store_keys",
+        "DROP POLICY IF EXISTS vat_index_key ON vat_store_keys",
+        "CREATE POLICY vat_tenant ON vat_store_keys USING (root = (SELECT " + _TENANT + "))",
+        "CREATE POLICY vat_index_key ON vat_store_keys FOR SELECT USING (root = '')",
+        "ALTER TABLE vat_store_keys ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+    ),
+}
+# Of the tables that are there: whether they have it, and whether nothing of it is missing.
+SECURED: LiteralString = """
+SELECT t.name, c.relrowsecurity, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (
+    SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = 'vat_tenant'
+)
+FROM unnest(%(tables)s::text[]) AS t (name) JOIN pg_class c ON c.oid = to_regclass(t.name)
+"""

@@ -1,5 +1,6 @@
 """Create or migrate the store's tables, in one locked transaction, and only if needed."""
 
+import itertools
 import re
 from collections.abc import Collection
 
@@ -55,12 +56,39 @@ async def setup_items(
         raise ConfigurationError(f"{problem}. Nothing was written.")
 
 
+async def has_row_security(backend: Backend) -> bool:
+    """Whether the store has row-level security, or had all of it."""
+    return (await _secured(backend))[0]
+
+
+async def secure(backend: Backend) -> None:
+    """Give the store's tables row-level security, as far as they lack it."""
+    lacking = (await _secured(backend))[1]
+
+    async def body(session: Session) -> None:
+        await session.execute(schema.LOCK)
+        for statement in itertools.chain(*(namespaces.ROW_SECURITY[name] for name in lacking)):
+            await session.execute(statement)
+
+    if lacking:
+        await migrate(backend, body, sql.BLOCKERS)
+
+
+async def _secured(backend: Backend) -> tuple[bool, list[str]]:
+    """Return whether the store has row-level security, and which tables lack a part of it."""
+    params = {"tables": list(namespaces.ROW_SECURITY)}
+    found = await backend.durable.fetch(namespaces.SECURED, params)
+    is_on = any(has for name, has, _ in found if name == "store")
+    return is_on, [name for name, _, is_whole in found if not is_whole]
+
+
 def ddl(
     schema: str | None,
     index: VectorIndex | None,
     filterable: Collection[str],
     *,
     create_extension: bool,
+    row_security: bool,
 ) -> str:
     """Return what `setup_items` would run on a new or an older database, as a script."""
     statements: list[composing.Composable] = [composing.SQL(statement) for statement in sql.SCHEMA]
@@ -69,6 +97,8 @@ def ddl(
             statements.append(composing.SQL(sql.CREATE_EXTENSION))
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
     statements += [statement for _, statement in item_indexes(filterable)]
+    for name in (sql.TABLES if index is None else sql.VECTOR_TABLES) if row_security else ():
+        statements += map(composing.SQL, namespaces.ROW_SECURITY[name])
     return script(schema, statements)
 
 
@@ -86,6 +116,9 @@ async def check_items(
         return found
     if await backend.durable.fetch(namespaces.LACKS_INDEX):
         found.append("index vat_store_prefix is missing: run setup()")
+    is_secured, lacking = await _secured(backend)
+    if is_secured:
+        found += [f"table {name} lacks the row security of store: run setup()" for name in lacking]
     return found + await slow(backend, "filterable_fields", item_indexes(filterable))
 
 
