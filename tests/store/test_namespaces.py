@@ -26,18 +26,22 @@ LABELS = (
     "a$", "^a", "+", "{1}", "line\nbreak", "\x01", "/", "-", "é", "e\u0301", "🦊", "\U0010ffff",
     "A", "vat-tenant", "vat-tenant;",
 )  # fmt: skip
-NAMESPACES = st.lists(st.sampled_from(LABELS), min_size=1, max_size=4).map(tuple)
-PATHS = st.lists(st.sampled_from((*LABELS, "*", "*", "*")), max_size=3).map(tuple)
-CONDITIONS = st.lists(
-    st.builds(MatchCondition, st.sampled_from(("prefix", "suffix")), PATHS), max_size=3
-).map(tuple)
-LISTS = st.builds(
-    ListNamespacesOp,
-    CONDITIONS,
-    st.one_of(st.none(), st.integers(0, 4)),
-    st.integers(0, 10),
-    st.integers(0, 3),
-)
+# Few in each example, so that conditions are about what is there.
+POOLS = st.lists(st.sampled_from(LABELS), min_size=2, max_size=5, unique=True)
+
+
+def namespaces_of(pool: list[str]) -> st.SearchStrategy:
+    label = st.sampled_from(pool)
+    return st.sets(st.lists(label, min_size=1, max_size=4).map(tuple), max_size=20)
+
+
+def lists_of(pool: list[str]) -> st.SearchStrategy:
+    path = st.lists(st.sampled_from((*pool, "*", "*")), max_size=3).map(tuple)
+    condition = st.builds(MatchCondition, st.sampled_from(("prefix", "suffix")), path)
+    conditions = st.lists(condition, max_size=3).map(tuple)
+    depth = st.one_of(st.none(), st.integers(0, 4))
+    one = st.builds(ListNamespacesOp, conditions, depth, st.integers(0, 10), st.integers(0, 3))
+    return st.lists(one, min_size=5, max_size=10)
 
 
 @pytest.fixture
@@ -52,8 +56,9 @@ def fill(store: SemanticStore, found: list[tuple[str, ...]], text: str = "", **o
 
 @pytest.mark.timeout(3_600)
 def test_namespaces_are_those_of_in_memory_store(store):
-    @given(st.sets(NAMESPACES, max_size=20), st.lists(LISTS, min_size=5, max_size=5))
-    def check(held, ops):
+    @given(POOLS.flatmap(lambda pool: st.tuples(namespaces_of(pool), lists_of(pool))))
+    def check(drawn):
+        held, ops = drawn
         oracle = InMemoryStore()
         fill(oracle, sorted(held))
         store.batch([PutOp(item.namespace, item.key, None) for item in store.search((), limit=99)])
@@ -62,6 +67,17 @@ def test_namespaces_are_those_of_in_memory_store(store):
             assert store.batch([op]) == oracle.batch([op]), op
 
     check()
+
+
+def test_labels_are_compared_whole(store):
+    held = [("x", "a"), ("x", "ab"), ("x", "a", "b"), ("xa", "b"), ("ab",), ("x", "a-"), ("a",)]
+    fill(store, held)
+    assert store.list_namespaces(prefix=("*", "a")) == [("x", "a"), ("x", "a", "b")]
+    assert store.list_namespaces(prefix=("x", "a")) == [("x", "a"), ("x", "a", "b")]
+    assert store.list_namespaces(suffix=("a",)) == [("a",), ("x", "a")]
+    assert store.list_namespaces(suffix=("a", "b")) == [("x", "a", "b")]
+    assert store.list_namespaces(prefix=("a",), suffix=("a",)) == [("a",)]
+    assert store.list_namespaces(prefix=("x", "a"), suffix=("*", "a", "b")) == [("x", "a", "b")]
 
 
 def test_what_expired_is_in_no_namespace(store, postgres_url):

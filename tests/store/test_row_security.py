@@ -175,7 +175,9 @@ async def test_a_tenant_is_one_of_a_transaction_and_not_of_a_connection(secured)
         for _ in range(3):
             view.put(("x",), "k", {"text": "x"})
             await view.aput(("x",), "k", {"text": "x"})
-            assert store.search(()) == await store.asearch(()) == []
+            for backend in (store._connections.blocking(), await store._connections.asyncio()):
+                fetched = backend.durable.fetch("SELECT prefix FROM store")
+                assert (await fetched) == []
             assert (store.count(), store.scoped("b").count(), view.count()) == (0, 0, 1)
             with pytest.raises(SchemaError, match="row-level security"):
                 store.put(("memories",), "k", {"text": "x"})
