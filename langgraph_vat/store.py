@@ -364,8 +364,10 @@ class SemanticStore(Managed, BaseStore):
 
         A tenant's view closes nothing: others use the same connections.
         """
-        self._connections.close()
+        if isinstance(self._connections, Connections):
+            self._connections.close()
 
     async def aclose(self) -> None:
         """Like `close`, with the connections of the running event loop."""
-        await self._connections.aclose()
+        if isinstance(self._connections, Connections):
+            await self._connections.aclose()

@@ -1176,8 +1176,8 @@ MUTATIONS = [
     Mutation(
         "row-level security is for the owner of the tables, too",
         "_durable/namespaces.py",
-        '"ALTER TABLE store ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"',
-        '"ALTER TABLE store ENABLE ROW LEVEL SECURITY"',
+        "ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+        "ENABLE ROW LEVEL SECURITY",
         "store/test_row_security.py::test_no_statement_sees_or_changes_what_is_not_the_tenants",
     ),
     Mutation(

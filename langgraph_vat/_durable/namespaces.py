@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, LiteralString
 
 from langgraph.store.base import MatchCondition
+from psycopg import sql
 
 LIVING: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
 
@@ -174,33 +175,35 @@ _TENANT: LiteralString = (
     " '%', '%25'), '.', '%2E')"
 )
 # In this form Postgres asks once a statement, and finds the tenant's rows by the primary key.
-_OF_TENANT: LiteralString = (
-    'USING (prefix COLLATE "C" >= (SELECT '
+_BY_PREFIX: LiteralString = (
+    'prefix COLLATE "C" >= (SELECT '
     + _TENANT
     + " || '.') AND prefix COLLATE \"C\" < (SELECT "
     + _TENANT
-    + " || '/'))"
+    + " || '/')"
 )
-# The key of the tokens is read by all tenants, and changed by none.
-ROW_SECURITY: dict[str, tuple[LiteralString, ...]] = {
-    "store": (
-        "DROP POLICY IF EXISTS vat_tenant ON store",
-        "CREATE POLICY vat_tenant ON store " + _OF_TENANT,
-        "ALTER TABLE store ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-    ),
-    "store_vectors": (
-        "DROP POLICY IF EXISTS vat_tenant ON store_vectors",
-        "CREATE POLICY vat_tenant ON store_vectors " + _OF_TENANT,
-        "ALTER TABLE store_vectors ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-    ),
-    "vat_store_keys": (
-        "DROP POLICY IF EXISTS vat_tenant ON vat_store_keys",
-        "DROP POLICY IF EXISTS vat_index_key ON vat_store_keys",
-        "CREATE POLICY vat_tenant ON vat_store_keys USING (root = (SELECT " + _TENANT + "))",
-        "CREATE POLICY vat_index_key ON vat_store_keys FOR SELECT USING (root = '')",
-        "ALTER TABLE vat_store_keys ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-    ),
-}
+_BY_ROOT: LiteralString = "root = (SELECT " + _TENANT + ")"
+_KEYS = "vat_store_keys"
+
+
+def row_security(table: str) -> list[sql.Composable]:
+    """Return the statements after which a tenant's transaction has only its own rows of a table."""
+    name = sql.Identifier(table)
+    own = sql.SQL(_BY_ROOT if table == _KEYS else _BY_PREFIX)
+    statements: list[sql.Composable] = [
+        sql.SQL("DROP POLICY IF EXISTS vat_tenant ON {}").format(name),
+        sql.SQL("CREATE POLICY vat_tenant ON {} USING ({})").format(name, own),
+        sql.SQL("ALTER TABLE {} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY").format(name),
+    ]
+    if table == _KEYS:  # that of the tokens is read by all tenants, and changed by none
+        statements += map(sql.SQL, _INDEX_KEY)
+    return statements
+
+
+_INDEX_KEY: tuple[LiteralString, ...] = (
+    "DROP POLICY IF EXISTS vat_index_key ON vat_store_keys",
+    "CREATE POLICY vat_index_key ON vat_store_keys FOR SELECT USING (root = '')",
+)
 # Of the tables that are there: whether they have it, and whether nothing of it is missing.
 SECURED: LiteralString = """
 SELECT t.name, c.relrowsecurity, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (

@@ -2,8 +2,7 @@
 The connections of a tenant's view: those of its store, and each transaction says whose it is.
 
 Policies of Postgres may ask for that. It is said for a transaction and never for a connection,
-which the next one to use it has for another tenant. What closes the view closes nothing: others
-use the same connections.
+which the next one to use it has for another tenant.
 """
 
 from collections.abc import Awaitable, Callable
@@ -49,7 +48,7 @@ class TenantBackend:
 
 
 class TenantConnections:
-    """`Connections` for a tenant."""
+    """`Connections` for a tenant, who closes none: others use the same."""
 
     def __init__(self, connections: Connections, tenant: str) -> None:
         self._connections = connections
@@ -63,9 +62,3 @@ class TenantConnections:
     async def asyncio(self, needs: Tables = frozenset()) -> TenantBackend:
         """The backend of the running event loop."""
         return TenantBackend(await self._connections.asyncio(needs), self._tenant)
-
-    def close(self) -> None:
-        """Close nothing."""
-
-    async def aclose(self) -> None:
-        """Close nothing."""

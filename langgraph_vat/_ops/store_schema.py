@@ -57,7 +57,7 @@ async def setup_items(
 
 
 async def has_row_security(backend: Backend) -> bool:
-    """Whether the store has row-level security, or had all of it."""
+    """Whether the store has row-level security."""
     return (await _secured(backend))[0]
 
 
@@ -67,8 +67,8 @@ async def secure(backend: Backend) -> None:
 
     async def body(session: Session) -> None:
         await session.execute(schema.LOCK)
-        for statement in itertools.chain(*(namespaces.ROW_SECURITY[name] for name in lacking)):
-            await session.execute(statement)
+        for statement in itertools.chain(*map(namespaces.row_security, lacking)):
+            await session.execute(composing.Composed([statement]))
 
     if lacking:
         await migrate(backend, body, sql.BLOCKERS)
@@ -76,7 +76,7 @@ async def secure(backend: Backend) -> None:
 
 async def _secured(backend: Backend) -> tuple[bool, list[str]]:
     """Return whether the store has row-level security, and which tables lack a part of it."""
-    params = {"tables": list(namespaces.ROW_SECURITY)}
+    params = {"tables": list(sql.VECTOR_TABLES)}
     found = await backend.durable.fetch(namespaces.SECURED, params)
     is_on = any(has for name, has, _ in found if name == "store")
     return is_on, [name for name, _, is_whole in found if not is_whole]
@@ -98,7 +98,7 @@ def ddl(
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
     statements += [statement for _, statement in item_indexes(filterable)]
     for name in (sql.TABLES if index is None else sql.VECTOR_TABLES) if row_security else ():
-        statements += map(composing.SQL, namespaces.ROW_SECURITY[name])
+        statements += namespaces.row_security(name)
     return script(schema, statements)
 
 
