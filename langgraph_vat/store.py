@@ -1,6 +1,7 @@
 """LangGraph's store on Postgres and pgvector: each method pair is one operation."""
 
 import asyncio
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -15,8 +16,10 @@ from langgraph_vat._io.driver import drive
 from langgraph_vat._io.embedding import documents, queries
 from langgraph_vat._io.managed import Managed
 from langgraph_vat._io.protocols import Backend
+from langgraph_vat._io.tenant import TenantConnections
 from langgraph_vat._lifecycle import Indexer
-from langgraph_vat._ops import items
+from langgraph_vat._ops import items, namespaces
+from langgraph_vat._ops.address import Space, check
 from langgraph_vat._ops.embedding import Embedding
 from langgraph_vat._ops.embedding_cache import EmbeddingCache, model_of
 from langgraph_vat._ops.indexing import count_pending, index_pending
@@ -26,10 +29,16 @@ from langgraph_vat._ops.rotate import rotate_roots
 from langgraph_vat._ops.schema import prepare
 from langgraph_vat._ops.seal_items import seal_roots
 from langgraph_vat._ops.search import VectorIndex
-from langgraph_vat._ops.store_schema import check_items, ddl, setup_items
+from langgraph_vat._ops.store_schema import (
+    check_items,
+    ddl,
+    has_row_security,
+    secure,
+    setup_items,
+)
 from langgraph_vat._records import Pending, Resealed, Rotated, Sealed
 from langgraph_vat._seal.strict import StrictSerializer
-from langgraph_vat.errors import ConfigurationError
+from langgraph_vat.errors import ConfigurationError, InvalidInputError
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import sealing
 from langgraph_vat.settings import Settings
@@ -83,14 +92,15 @@ class SemanticStore(Managed, BaseStore):
             raise ConfigurationError(f"default_{items.TTL_RULE}")
         self.ttl_config = ttl
         self.index_config = index
-        self._connections = connections
+        self._connections: Connections | TenantConnections = connections
+        self._space = Space(None)
         vectors = VectorIndex(index) if index is not None else None
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
         filterable = settings.filterable_fields if keyring is not None else ()
         embedding = None
         if vectors is not None:
             embedders = documents(vectors.embeddings), queries(vectors.embeddings)
-            cache = self._cache(vectors, keyring, settings)
+            cache = self._cache(connections, vectors, keyring, settings)
             embedding = Embedding(vectors, *embedders, settings.embed_timeout_s, cache)
         self._items = items.Items(
             vectors, keyring, serde or StrictSerializer(), filterable, settings, embedding
@@ -124,41 +134,58 @@ class SemanticStore(Managed, BaseStore):
         return cls(connections, index=index, ttl=ttl, keyring=keyring, serde=serde, settings=tuned)
 
     def _cache(
-        self, index: VectorIndex, keyring: KeyWrapper | None, settings: Settings
+        self,
+        connections: Connections,
+        index: VectorIndex,
+        keyring: KeyWrapper | None,
+        settings: Settings,
     ) -> EmbeddingCache | None:
         model = model_of(self.index_config or {}, index.embeddings)
-        if model is None or not self._connections.is_hot:
+        if model is None or not connections.is_hot:
             return None
         most_bytes = settings.embedding_cache_bytes
         return EmbeddingCache(model, index, keyring, Keys(settings.key_prefix), most_bytes)
 
-    def setup(self, *, create_extension: bool = True) -> None:
+    def setup(self, *, create_extension: bool = True, row_security: bool = False) -> None:
         """
         Create or migrate the tables. Safe in many processes at once, and again.
 
         Args:
             create_extension: Whether to create the extension ``vector`` where it is
                 missing; many hosts leave that to somebody else.
+            row_security: Whether Postgres itself is to show a tenant's view its own rows
+                alone, and others none; see docs/operations.md. Once there, it stays.
 
         Raises:
             SchemaError: They cannot be brought up to date; pgvector is missing.
             ConfigurationError: The table's vectors have other dimensions.
         """
-        drive(self._setup(self._connections.blocking(), create_extension=create_extension))
+        backend = self._connections.blocking()
+        drive(self._setup(backend, create_extension=create_extension, row_security=row_security))
 
-    async def asetup(self, *, create_extension: bool = True) -> None:
+    async def asetup(self, *, create_extension: bool = True, row_security: bool = False) -> None:
         """Like `setup`."""
-        await self._setup(await self._connections.asyncio(), create_extension=create_extension)
+        backend = await self._connections.asyncio()
+        await self._setup(backend, create_extension=create_extension, row_security=row_security)
 
-    async def _setup(self, backend: Backend, *, create_extension: bool) -> None:
+    async def _setup(self, backend: Backend, *, create_extension: bool, row_security: bool) -> None:
         await prepare(backend, self._connections.schema)
         known = self._items
         await setup_items(backend, known.index, known.filterable, create_extension=create_extension)
+        if row_security or await has_row_security(backend):
+            await items.open_tokens(known, backend)  # while their key can be made: no tenant may
+            await secure(backend)
 
-    def ddl(self, *, create_extension: bool = True) -> str:
+    def ddl(self, *, create_extension: bool = True, row_security: bool = False) -> str:
         """Return the SQL that `setup` runs; see `HybridSaver.ddl`."""
         schema, known = self._connections.schema, self._items
-        return ddl(schema, known.index, known.filterable, create_extension=create_extension)
+        return ddl(
+            schema,
+            known.index,
+            known.filterable,
+            create_extension=create_extension,
+            row_security=row_security,
+        )
 
     def check(self) -> Sequence[str]:
         """Return what the tables or the role lack; see `HybridSaver.check`."""
@@ -183,13 +210,13 @@ class SemanticStore(Managed, BaseStore):
         """
         backend = self._connections.blocking(self._needs)
         self._indexer.start()
-        return drive(items.batch(self._items, backend, ops))
+        return drive(items.batch(self._items, backend, self._space, ops))
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """Like `batch`."""
         backend = await self._connections.asyncio(self._needs)
         self._indexer.start()
-        return await items.batch(self._items, backend, ops)
+        return await items.batch(self._items, backend, self._space, ops)
 
     def rotate(self) -> Rotated:
         """Wrap the data keys of roots by the keyring's primary key; see `Threads.rotate`."""
@@ -202,7 +229,7 @@ class SemanticStore(Managed, BaseStore):
     async def _rotate(self, backend: Backend) -> Rotated:
         if self._items.keyring is None:
             raise ConfigurationError("there is no keyring to rotate to; pass keyring=")
-        return await rotate_roots(backend.durable, self._items.keyring)
+        return await rotate_roots(backend.durable, self._items.keyring, self._space.root)
 
     def reseal(self, *, max_age_s: float = 0.0) -> Resealed:
         """Seal values anew, under new data keys; see `Threads.reseal`."""
@@ -214,7 +241,7 @@ class SemanticStore(Managed, BaseStore):
 
     async def _reseal(self, backend: Backend, max_age_s: float) -> Resealed:
         check_age(self._items.keyring, max_age_s)
-        return await reseal_roots(self._items, backend, max_age_s)
+        return await reseal_roots(self._items, backend, max_age_s, self._space.root)
 
     def seal_existing(self) -> Sealed:
         """
@@ -223,11 +250,13 @@ class SemanticStore(Managed, BaseStore):
         All under one first label are sealed in one transaction; whoever puts an item there
         waits for it.
         """
-        return drive(seal_roots(self._items, self._connections.blocking(self._needs)))
+        backend = self._connections.blocking(self._needs)
+        return drive(seal_roots(self._items, backend, self._space.root))
 
     async def aseal_existing(self) -> Sealed:
         """Like `seal_existing`."""
-        return await seal_roots(self._items, await self._connections.asyncio(self._needs))
+        backend = await self._connections.asyncio(self._needs)
+        return await seal_roots(self._items, backend, self._space.root)
 
     def shred(self, root: str) -> None:
         """
@@ -239,7 +268,8 @@ class SemanticStore(Managed, BaseStore):
         see `Threads.shred`.
 
         Raises:
-            InvalidInputError: Nothing sealed was put there.
+            InvalidInputError: Nothing sealed was put there, or this is a tenant's view:
+                see `shred_all`.
         """
         drive(self._shred(self._connections.blocking(self._needs), root))
 
@@ -248,7 +278,92 @@ class SemanticStore(Managed, BaseStore):
         await self._shred(await self._connections.asyncio(self._needs), root)
 
     async def _shred(self, backend: Backend, root: str) -> None:
-        await shred_root(self._items, backend, root)
+        if self._space.root:
+            raise InvalidInputError(
+                "a tenant has one data key for all namespaces, and no other; nothing was changed."
+                " shred_all() destroys it"
+            )
+        await shred_root(self._items, backend, *self._space.stored((root,)))
+
+    def shred_all(self) -> int:
+        """
+        Shred all that a tenant has; return how many data keys that were: one, or none.
+
+        See `shred`. After `delete_all` the tenant's name can be used again.
+
+        Raises:
+            InvalidInputError: This is not a tenant's view; see `scoped`.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.shred_tenant(self._items, backend, self._space))
+
+    async def ashred_all(self) -> int:
+        """Like `shred_all`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.shred_tenant(self._items, backend, self._space)
+
+    def count(
+        self, namespace_prefix: tuple[str, ...] = (), *, filter: dict[str, Any] | None = None
+    ) -> int:
+        """
+        Return how many items a search would find.
+
+        Postgres counts them; sealed items are opened for a filter, each, as a search does.
+
+        Args:
+            namespace_prefix: Where; () for everywhere.
+            filter: What their values must be like; see `search`.
+
+        Raises:
+            InvalidInputError: The filter could not be answered.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.count(self._items, backend, self._space, namespace_prefix, filter))
+
+    async def acount(
+        self, namespace_prefix: tuple[str, ...] = (), *, filter: dict[str, Any] | None = None
+    ) -> int:
+        """Like `count`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.count(self._items, backend, self._space, namespace_prefix, filter)
+
+    def delete_namespace(self, namespace_prefix: tuple[str, ...]) -> int:
+        """
+        Delete a namespace and all below it, with their vectors; return how many items there were.
+
+        Not in one transaction but in steps of a thousand items, so that nobody waits for long.
+        Stopped, it can be run again, and deletes what is left. Items that others put meanwhile
+        may stay. A label's data key stays, too; see `shred`.
+
+        Args:
+            namespace_prefix: The namespace. ``*`` is a label like any other.
+
+        Raises:
+            InvalidInputError: It is empty.
+            UnavailableError: Postgres does not answer. What was deleted by then is.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.delete_below(backend, self._space, namespace_prefix))
+
+    async def adelete_namespace(self, namespace_prefix: tuple[str, ...]) -> int:
+        """Like `delete_namespace`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.delete_below(backend, self._space, namespace_prefix)
+
+    def delete_all(self) -> int:
+        """
+        Delete all items of a tenant; return how many there were. See `delete_namespace`.
+
+        Raises:
+            InvalidInputError: This is not a tenant's view; see `scoped`.
+        """
+        backend = self._connections.blocking(self._needs)
+        return drive(namespaces.delete_tenant(backend, self._space))
+
+    async def adelete_all(self) -> int:
+        """Like `delete_all`."""
+        backend = await self._connections.asyncio(self._needs)
+        return await namespaces.delete_tenant(backend, self._space)
 
     def pending(self) -> Pending:
         """
@@ -258,12 +373,17 @@ class SemanticStore(Managed, BaseStore):
 
         Raises:
             ConfigurationError: This store has no index.
+            InvalidInputError: This is a tenant's view: the queue is for all.
         """
-        return drive(count_pending(self._items, self._connections.blocking(self._needs)))
+        return drive(self._pending(self._connections.blocking(self._needs)))
 
     async def apending(self) -> Pending:
         """Like `pending`."""
-        return await count_pending(self._items, await self._connections.asyncio(self._needs))
+        return await self._pending(await self._connections.asyncio(self._needs))
+
+    async def _pending(self, backend: Backend) -> Pending:
+        self._refuse_view()
+        return await count_pending(self._items, backend)
 
     def index_pending(self) -> int:
         """
@@ -274,6 +394,7 @@ class SemanticStore(Managed, BaseStore):
 
         Raises:
             ConfigurationError: This store has no index.
+            InvalidInputError: This is a tenant's view: the queue is for all.
         """
         return drive(self._index_pending(self._connections.blocking(self._needs)))
 
@@ -282,26 +403,56 @@ class SemanticStore(Managed, BaseStore):
         return await self._index_pending(await self._connections.asyncio(self._needs))
 
     async def _index_pending(self, backend: Backend) -> int:
+        self._refuse_view()
         return (await index_pending(self._items, backend, is_all_due=True))[0]
+
+    def _refuse_view(self) -> None:
+        if self._space.root:
+            raise InvalidInputError(
+                "one queue is for all tenants, and this is a tenant's view; ask the store itself"
+            )
 
     def sweep_ttl(self) -> int:
         """Delete what has expired; return how many items. They were invisible already."""
-        return drive(items.sweep(self._connections.blocking(self._needs)))
+        return drive(items.sweep(self._connections.blocking(self._needs), self._space.root))
 
     async def asweep_ttl(self) -> int:
         """Like `sweep_ttl`."""
-        return await items.sweep(await self._connections.asyncio(self._needs))
+        backend = await self._connections.asyncio(self._needs)
+        return await items.sweep(backend, self._space.root)
+
+    def scoped(self, tenant: str) -> Self:
+        """
+        Return a view that can neither get, search, list, put nor delete outside `tenant`.
+
+        Namespaces of one tenant are no others' and not those of this store, whatever their
+        labels are. Sealed, a tenant has one data key. The view shares connections and everything
+        else with this store, which is the one to close.
+
+        Raises:
+            InvalidInputError: The tenant's name cannot be stored, or this is a
+                tenant's view already.
+        """
+        if isinstance(self._connections, TenantConnections):
+            raise InvalidInputError("this is a tenant's view already; take another from the store")
+        view = copy.copy(self)
+        view._space = Space(check("tenant", tenant))  # noqa: SLF001 - a copy of this very object
+        view._connections = TenantConnections(self._connections, tenant)  # noqa: SLF001
+        return view
 
     def close(self) -> None:
         """
         Close the connections. May be called again.
 
-        Nobody waits for the embedder any longer: what does is stored, and queued.
+        Nobody waits for the embedder any longer: what does is stored, and queued. A
+        tenant's view closes nothing: others use the same connections.
         """
-        self._indexer.stop()
-        self._connections.close()
+        if isinstance(self._connections, Connections):
+            self._indexer.stop()
+            self._connections.close()
 
     async def aclose(self) -> None:
         """Like `close`, with the connections of the running event loop."""
-        await asyncio.to_thread(self._indexer.stop)
-        await self._connections.aclose()
+        if isinstance(self._connections, Connections):
+            await asyncio.to_thread(self._indexer.stop)
+            await self._connections.aclose()

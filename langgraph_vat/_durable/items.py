@@ -10,7 +10,9 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from langgraph_vat._durable import embedding
+from langgraph_vat._durable import embedding, namespaces
+from langgraph_vat._durable.namespaces import LIVING as _ALIVE
+from langgraph_vat._durable.namespaces import SCOPE as _SCOPE
 
 SCHEMA: tuple[LiteralString, ...] = (
     "CREATE TABLE IF NOT EXISTS store_migrations (v INTEGER PRIMARY KEY)",
@@ -37,6 +39,7 @@ ALTER TABLE store
     ADD COLUMN IF NOT EXISTS vat_value BYTEA,
     ADD COLUMN IF NOT EXISTS vat_ttl DOUBLE PRECISION""",
     "CREATE TABLE IF NOT EXISTS vat_store_keys (root TEXT PRIMARY KEY, data_key BYTEA NOT NULL)",
+    namespaces.INDEX,
 )
 
 # What the statements name.
@@ -148,6 +151,7 @@ NEXT_PLAIN_ROOTS: LiteralString = """
 SELECT r.root FROM (
     SELECT DISTINCT split_part(s.prefix, '.', 1) AS root FROM store s
     WHERE split_part(s.prefix, '.', 1) > %(after)s
+    AND (%(only)s = '' OR starts_with(s.prefix, %(only)s || '.'))
 ) AS r
 WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
 ORDER BY r.root LIMIT %(limit)s
@@ -182,7 +186,7 @@ RETURNING root
 
 SEALED_ROOTS: LiteralString = """
 SELECT root FROM vat_store_keys WHERE root > %(after)s AND data_key <> ''
-ORDER BY root LIMIT %(limit)s
+AND (%(only)s = '' OR root = %(only)s) ORDER BY root LIMIT %(limit)s
 """
 
 # Items that were sealed by another data key than the one whose messages begin so.
@@ -205,7 +209,8 @@ WHERE s.prefix = n.prefix AND s.key = n.key
 
 SELECT_KEYS: LiteralString = """
 SELECT root, data_key FROM vat_store_keys
-WHERE root > %(after)s AND data_key <> '' ORDER BY root LIMIT %(limit)s FOR UPDATE
+WHERE root > %(after)s AND data_key <> '' AND (%(only)s = '' OR root = %(only)s)
+ORDER BY root LIMIT %(limit)s FOR UPDATE
 """
 
 REPLACE_KEYS: LiteralString = """
@@ -250,7 +255,6 @@ PLACE: LiteralString = "s.prefix, s.key"
 ITEM: LiteralString = """
 s.prefix, s.key, s.value, s.vat_type, s.vat_value, s.created_at, s.updated_at,
 s.vat_ttl IS NOT NULL OR s.ttl_minutes IS NOT NULL"""
-_ALIVE: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
 
 # By primary key, one lookup an item.
 GET: LiteralString = (
@@ -302,29 +306,14 @@ FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(fields)s::text[], %(embedd
     AS n (prefix, key, field, embedding)
 """
 
-# All namespaces below a literal beginning; the rest is matched in Python.
-NAMESPACES: LiteralString = (
-    """
-SELECT DISTINCT s.prefix FROM store s
-WHERE (%(prefix)s = '' OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
-AND """
-    + _ALIVE
-)
-
 SWEEP: LiteralString = """
 DELETE FROM store s USING (
-    SELECT prefix, key FROM store WHERE expires_at <= now() LIMIT 1000 FOR UPDATE SKIP LOCKED
+    SELECT prefix, key FROM store
+    WHERE expires_at <= now() AND (%(only)s = '' OR starts_with(prefix, %(only)s || '.'))
+    LIMIT 1000 FOR UPDATE SKIP LOCKED
 ) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key RETURNING 1
 """
-
-# Which items a search is about.
-_SCOPE: LiteralString = (
-    """
-(%(prefix)s = '' OR s.prefix = %(prefix)s OR starts_with(s.prefix, %(prefix)s || '.'))
-AND """
-    + _ALIVE
-)
 
 LIST: LiteralString = (
     "SELECT {columns}, NULL::float8 FROM store s WHERE "

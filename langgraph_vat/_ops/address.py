@@ -14,7 +14,7 @@ from typing import Any
 from langgraph_vat._plain import is_text
 from langgraph_vat.errors import InvalidInputError
 
-# A stored thread id that begins so belongs to a tenant's view.
+# A stored thread id, or first label of a namespace, that begins so belongs to a tenant's view.
 TENANTS = "vat-tenant:"
 
 _MOST_BYTES = {
@@ -194,3 +194,35 @@ class View:
     def shown(self, stored: str) -> str:
         """Return the id by which the caller knows a stored thread."""
         return stored[len(self.prefix) :] if self.is_scoped else stored
+
+
+class Space:
+    """
+    The namespaces that a store may touch: all that belong to no tenant, or one tenant's.
+
+    A tenant's have a first label of their own. No tenant is a prefix of another there: a label
+    ends where the next one begins, and what could end it is written otherwise.
+    """
+
+    def __init__(self, tenant: str | None) -> None:
+        self.tenant = tenant
+        self.root = ""
+        """The first label of a tenant's namespaces, as they are stored."""
+        if tenant is not None:
+            name = check("tenant", tenant).replace("%", "%25").replace(".", "%2E")
+            self.root = TENANTS + name
+
+    def stored(self, namespace: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the namespace under which one is stored."""
+        if self.root:
+            return (self.root, *namespace)
+        if namespace and str(namespace[0]).startswith(TENANTS):
+            raise InvalidInputError(
+                f"a namespace must not begin with {TENANTS!r}; nothing was done. Use"
+                " scoped(tenant) for a tenant's"
+            )
+        return namespace
+
+    def shown(self, namespace: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the namespace by which the caller knows a stored one."""
+        return namespace[1:] if self.root else namespace

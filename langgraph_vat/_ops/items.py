@@ -35,10 +35,12 @@ from psycopg import sql as composing
 
 from langgraph_vat._durable import embedding as queue
 from langgraph_vat._durable import items as sql
+from langgraph_vat._durable import namespaces
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
 from langgraph_vat._ops import search
+from langgraph_vat._ops.address import Space
 from langgraph_vat._ops.embedding import Embedded, Embedding, embed_documents, embed_queries
 from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key, wrap_key
 from langgraph_vat._ops.search import VectorIndex, is_paths
@@ -108,7 +110,7 @@ class _Plan:
     """Roots that have items in the clear, and no data key."""
 
 
-async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Result]:
+async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op]) -> list[Result]:
     """
     Run operations and return their results in order.
 
@@ -118,7 +120,7 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
         UnavailableError: Postgres does not answer; or the embedder fails, and there is
             a query to embed. Nothing was written, or all of it.
     """
-    listed = [_checked(op) for op in ops]
+    listed = [placed(space, op) for op in ops]
     plan = await _prepare(items, backend, listed)
 
     async def body(session: Session) -> list[Result]:
@@ -132,23 +134,53 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
             if kind is PutOp:
                 await _put(items, session, plan, [op for _, op in pairs])  # type: ignore[misc]
             else:
-                found = await _read(items, session, plan, kind, [op for _, op in pairs])
+                found = await _read(items, session, space, plan, kind, [op for _, op in pairs])
                 for (position, _), result in zip(pairs, found, strict=True):
                     results[position] = result
         return results
 
-    return await backend.durable.transact(body)
+    return _shown(space, await backend.durable.transact(body))
 
 
-async def sweep(backend: Backend) -> int:
-    """Delete what has expired, in small steps that pass over what others hold; return how many."""
+def _shown(space: Space, results: list[Result]) -> list[Result]:
+    """Name the namespaces of items as the caller does."""
+    for result in results:
+        for item in result if isinstance(result, list) else [result]:
+            if isinstance(item, Item):
+                item.namespace = space.shown(item.namespace)
+    return results
+
+
+async def sweep(backend: Backend, only: str = "") -> int:
+    """
+    Delete what has expired, in small steps that pass over what others hold; return how many.
+
+    Of `only` one root, or "" for all.
+    """
     swept = 0
-    while deleted := len(await backend.durable.fetch(sql.SWEEP)):
+    while deleted := len(await backend.durable.fetch(sql.SWEEP, {"only": only})):
         swept += deleted
     return swept
 
 
 # --- before the transaction ---------------------------------------------------
+
+
+def placed(space: Space, op: Op) -> Op:
+    """Return an operation whose namespaces are as they are stored, or refuse it."""
+    op = _checked(op)
+    if isinstance(op, ListNamespacesOp):
+        for condition in op.match_conditions or ():
+            if condition.match_type == "prefix":
+                space.stored(condition.path)
+        return op
+    if isinstance(op, SearchOp):
+        op = op._replace(namespace_prefix=space.stored(op.namespace_prefix))
+        _check_length(op.namespace_prefix, "")
+    elif isinstance(op, GetOp | PutOp):
+        op = op._replace(namespace=space.stored(op.namespace))
+        _check_length(op.namespace, op.key)
+    return op
 
 
 def _checked(op: Op) -> Op:
@@ -526,13 +558,13 @@ def _root(prefix: str) -> str:
 
 
 async def _read(
-    items: Items, session: Session, plan: _Plan, kind: type, ops: Sequence[Any]
+    items: Items, session: Session, space: Space, plan: _Plan, kind: type, ops: Sequence[Any]
 ) -> list[Result]:
     if kind is GetOp:
         return await _get(items, session, ops)
     if kind is SearchOp:
         return [await _search(items, session, plan, op) for op in ops]
-    return [await _list_namespaces(session, op) for op in ops]
+    return [await _list_namespaces(session, space, op) for op in ops]
 
 
 async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
@@ -545,19 +577,21 @@ async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Res
     return [Item(**_decode(items, found[p])) if p in found else None for p in places]
 
 
-async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
-    index = items.index
+def query_for(items: Items, session: Session, op: SearchOp, vector: str | None) -> search.Query:
+    """Plan a search, by meaning if there is a vector, of values that may have to be opened."""
 
     async def matching(rows: list[Row]) -> list[Row]:
         shown = _not_shredded(items, await _opened(items, session, rows))
         return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
 
-    needs_opening = items.keyring is not None or not is_plain(op.filter or {})
-    vector = plan.queries.get(op.query or "")
-    if needs_opening:
-        query = search.prepare(op, index, vector, matching, _wanted_tokens(items, op))
-    else:
-        query = search.prepare(op, index, vector)
+    if items.keyring is not None or not is_plain(op.filter or {}):
+        return search.prepare(op, items.index, vector, matching, _wanted_tokens(items, op))
+    return search.prepare(op, items.index, vector)
+
+
+async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
+    index = items.index
+    query = query_for(items, session, op, plan.queries.get(op.query or ""))
     rows = await search.run(session, query)
     rows = _not_shredded(items, await _opened(items, session, rows))
     if op.refresh_ttl:
@@ -627,20 +661,9 @@ async def value_in(items: Items, session: Session, row: Row) -> Any:
     return _decode(items, rows[0])["value"] if rows else None
 
 
-async def _list_namespaces(session: Session, op: ListNamespacesOp) -> list[tuple[str, ...]]:
-    conditions = op.match_conditions or ()
-    beginnings = [c.path for c in conditions if c.match_type == "prefix"]
-    literal = itertools.takewhile(lambda label: label != "*", beginnings[0] if beginnings else ())
-    rows = await session.fetch(sql.NAMESPACES, {"prefix": ".".join(literal)})
-    found = [tuple(row[0].split(".")) for row in rows]
-    kept = {ns[: op.max_depth] for ns in found if all(_fits(c, ns) for c in conditions)}
-    return sorted(kept)[op.offset : op.offset + op.limit]
-
-
-def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:
-    path = condition.path
-    if len(namespace) < len(path):
-        return False
-    is_prefix = condition.match_type == "prefix"
-    part = namespace[: len(path)] if is_prefix else namespace[len(namespace) - len(path) :]
-    return all(label in ("*", own) for label, own in zip(path, part, strict=True))
+async def _list_namespaces(
+    session: Session, space: Space, op: ListNamespacesOp
+) -> list[tuple[str, ...]]:
+    params = namespaces.listing(space.root, op.match_conditions or (), op.max_depth)
+    page = {"limit": op.limit, "offset": op.offset}
+    return [tuple(labels) for (labels,) in await session.fetch(namespaces.LIST, params | page)]

@@ -31,12 +31,14 @@ _PAGE = 256
 _MOST_ROWS = 64
 
 
-async def reseal_roots(items: Items, backend: Backend, max_age_s: float) -> Resealed:
-    """Reseal the roots whose data key is so old."""
+async def reseal_roots(
+    items: Items, backend: Backend, max_age_s: float, only: str = ""
+) -> Resealed:
+    """Reseal the roots whose data key is so old; `only` one, or "" for all."""
     await open_tokens(items, backend)
     after, done, size = "", Resealed(0, 0, 0, 0), _PAGE
     while size == _PAGE:
-        params = {"after": after, "limit": _PAGE}
+        params = {"after": after, "limit": _PAGE, "only": only}
         rows = await backend.durable.fetch(sql.SEALED_ROOTS, params)
         for (after,) in rows:
             one = await _reseal_one(items, backend, after, max_age_s)

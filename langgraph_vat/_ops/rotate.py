@@ -44,13 +44,20 @@ async def rotate_threads(durable: Durable, keyring: KeyWrapper, prefix: str) -> 
     return _sum(done, await _rotate(durable, keyring, {}, statements, _index_key("checkpoint")))
 
 
-async def rotate_roots(durable: Durable, keyring: KeyWrapper) -> Rotated:
-    """Wrap the data keys of the store's roots anew, and the key of its blind indexes."""
+async def rotate_roots(durable: Durable, keyring: KeyWrapper, only: str = "") -> Rotated:
+    """
+    Wrap the data keys of the store's roots anew; of `only` one, or "" for all.
+
+    Of all roots, the key of the blind indexes, too.
+    """
 
     def bound(root: str) -> bytes:
         return associated_data("data key", "store", root)
 
-    done = await _rotate(durable, keyring, {}, (items.SELECT_KEYS, items.REPLACE_KEYS), bound)
+    statements = items.SELECT_KEYS, items.REPLACE_KEYS
+    done = await _rotate(durable, keyring, {"only": only}, statements, bound)
+    if only:
+        return done
     statements = items.LOCK_INDEX_KEY, items.REPLACE_KEYS
     return _sum(done, await _rotate(durable, keyring, {}, statements, _index_key("store")))
 

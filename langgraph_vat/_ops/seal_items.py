@@ -29,13 +29,13 @@ _PAGE = 256
 _MOST_ROWS = 256
 
 
-async def seal_roots(items: Items, backend: Backend) -> Sealed:
-    """Seal the roots that have no data key."""
+async def seal_roots(items: Items, backend: Backend, only: str = "") -> Sealed:
+    """Seal the roots that have no data key; `only` one, or "" for all."""
     check_window(items.keyring, items.settings)
     await open_tokens(items, backend)
     after, done, size = "", Sealed(0, 0, 0), _PAGE
     while size == _PAGE:
-        params = {"after": after, "limit": _PAGE}
+        params = {"after": after, "limit": _PAGE, "only": only}
         rows = await backend.durable.fetch(sql.NEXT_PLAIN_ROOTS, params)
         for (after,) in rows:
             one = await _seal_one(items, backend, after)

@@ -1,5 +1,6 @@
 """Create or migrate the store's tables, in one locked transaction, and only if needed."""
 
+import itertools
 import re
 from collections.abc import Collection
 
@@ -8,7 +9,7 @@ from psycopg import sql as composing
 
 from langgraph_vat._durable import embedding as queue
 from langgraph_vat._durable import items as sql
-from langgraph_vat._durable import schema
+from langgraph_vat._durable import namespaces, schema
 from langgraph_vat._durable.blind import item_indexes
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.schema import (
@@ -40,7 +41,8 @@ async def setup_items(
         ConfigurationError: The table's vectors have other dimensions.
     """
     tables = sql.TABLES if index is None else sql.VECTOR_TABLES
-    if await damages(backend.durable, tables):
+    lacks_index = await backend.durable.fetch(namespaces.LACKS_INDEX)
+    if lacks_index or await damages(backend.durable, tables):
 
         async def body(session: Session) -> None:
             await session.execute(schema.LOCK)
@@ -57,12 +59,39 @@ async def setup_items(
         raise ConfigurationError(f"{problem}. Nothing was written.")
 
 
+async def has_row_security(backend: Backend) -> bool:
+    """Whether the store has row-level security."""
+    return (await _secured(backend))[0]
+
+
+async def secure(backend: Backend) -> None:
+    """Give the store's tables row-level security, as far as they lack it."""
+    lacking = (await _secured(backend))[1]
+
+    async def body(session: Session) -> None:
+        await session.execute(schema.LOCK)
+        for statement in itertools.chain(*map(namespaces.row_security, lacking)):
+            await session.execute(composing.Composed([statement]))
+
+    if lacking:
+        await migrate(backend, body, sql.BLOCKERS)
+
+
+async def _secured(backend: Backend) -> tuple[bool, list[str]]:
+    """Return whether the store has row-level security, and which tables lack a part of it."""
+    params = {"tables": list(sql.VECTOR_TABLES)}
+    found = await backend.durable.fetch(namespaces.SECURED, params)
+    is_on = any(has for name, has, _ in found if name == "store")
+    return is_on, [name for name, _, is_whole in found if not is_whole]
+
+
 def ddl(
     schema: str | None,
     index: VectorIndex | None,
     filterable: Collection[str],
     *,
     create_extension: bool,
+    row_security: bool,
 ) -> str:
     """Return what `setup_items` would run on a new or an older database, as a script."""
     statements: list[composing.Composable] = [composing.SQL(statement) for statement in sql.SCHEMA]
@@ -72,6 +101,8 @@ def ddl(
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
         statements += map(composing.SQL, queue.SCHEMA)
     statements += [statement for _, statement in item_indexes(filterable)]
+    for name in (sql.TABLES if index is None else sql.VECTOR_TABLES) if row_security else ():
+        statements += namespaces.row_security(name)
     return script(schema, statements)
 
 
@@ -85,7 +116,14 @@ async def check_items(
         found = await damages(backend.durable, sql.TABLES) + await unusable(backend, [*sql.TABLES])
     else:
         found = await _check_vectors(backend, index)
-    return found or await slow(backend, "filterable_fields", item_indexes(filterable))
+    if found:
+        return found
+    if await backend.durable.fetch(namespaces.LACKS_INDEX):
+        found.append("index vat_store_prefix is missing: run setup()")
+    is_secured, lacking = await _secured(backend)
+    if is_secured:
+        found += [f"table {name} lacks the row security of store: run setup()" for name in lacking]
+    return found + await slow(backend, "filterable_fields", item_indexes(filterable))
 
 
 async def _check_vectors(backend: Backend, index: VectorIndex) -> list[str]:

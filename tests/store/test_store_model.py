@@ -142,6 +142,19 @@ class Model(RuleBasedStateMachine):
         actual = self.store.list_namespaces(max_depth=depth, **options)
         assert actual == sorted({ns[:depth] for ns in held})
 
+    @rule(ns=st.sampled_from((*NAMESPACES, ())), condition=FILTERS)
+    def count(self, ns, condition):
+        held = self.oracle.search((self.root, *ns), limit=100)
+        expected = sum(condition is None or matches(item.value, condition) for item in held)
+        assert self.store.count((self.root, *ns), filter=condition) == expected
+
+    @rule(ns=st.sampled_from((*NAMESPACES, ())))
+    def delete_namespace(self, ns):
+        held = self.oracle.search((self.root, *ns), limit=100)
+        for item in held:
+            self.oracle.delete(item.namespace, item.key)
+        assert self.store.delete_namespace((self.root, *ns)) == len(held)
+
     def _both(self, name: str, *args: Any, **kwargs: Any) -> None:
         getattr(self.store, name)(*args, **kwargs)
         getattr(self.oracle, name)(*args, **kwargs)
@@ -154,12 +167,14 @@ def _scores(items: Any) -> dict[Any, Any]:
     }
 
 
+@pytest.mark.parametrize("tenant", [None, "a.b%2E"], ids=["whole", "view"])
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["plain", "sealed"])
 @pytest.mark.timeout(3_600)
-def test_answers_are_those_of_in_memory_store(postgres_url, is_sealed):
+def test_answers_are_those_of_in_memory_store(postgres_url, is_sealed, tenant):
     keyring = Keyring.generate() if is_sealed else None
     with SemanticStore.from_conn_string(postgres_url, index=INDEX, keyring=keyring) as store:
-        run_state_machine_as_test(type("Machine", (Model,), {"store": store}))
+        used = store if tenant is None else store.scoped(tenant)
+        run_state_machine_as_test(type("Machine", (Model,), {"store": used}))
 
 
 DATES = (
