@@ -843,6 +843,19 @@ def test_a_bit_of_what_langgraph_encrypted_makes_a_difference():
             serde.loads_typed((type_, other))
 
 
+def test_what_langgraph_encrypted_is_not_sealed_without_its_key(postgres_url, encrypted, caplog):
+    options: Any = {"keyring": KEYRING, "accept_plaintext": soon()}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        assert saver.threads.seal_existing() == (0, 0, 1)
+        with pytest.raises(SealError, match="LegacySerializer"):
+            saver.copy_thread("t", "copy")
+    assert "LegacySerializer" in caplog.text
+    serde = LegacySerializer(EAX_KEY)
+    with HybridSaver.from_conn_string(postgres_url, serde=serde, **options) as saver:
+        assert saver.threads.seal_existing().left == 0
+        assert states(saver) == encrypted
+
+
 def test_what_langgraph_encrypted_is_copied(postgres_url, encrypted):
     source = HybridSaver.from_conn_string(postgres_url, serde=LegacySerializer(EAX_KEY))
     target = HybridSaver.from_conn_string(postgres_url, schema="new", keyring=KEYRING)

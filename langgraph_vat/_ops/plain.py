@@ -24,6 +24,7 @@ from langgraph_vat._ops.values import blob_place, encode_core, write_place
 from langgraph_vat._records import Blob, Core, Entry, PutEntry, Write
 from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat._seal.legacy import LegacySerializer
+from langgraph_vat.errors import SealError
 from langgraph_vat.serde import codec_for
 
 # Rows that are in memory at once.
@@ -65,10 +66,15 @@ class Sealer:
         Return a value sealed for its place.
 
         Raises:
-            SealError: It is sealed already.
+            SealError: It is sealed already; or it is encrypted, and stays so.
         """
         type_, data = self._source.open(type_, data, *place)
-        if isinstance(self._serde, LegacySerializer) and self._serde.is_encrypted(type_):
+        if LegacySerializer.is_encrypted(type_):
+            if not isinstance(self._serde, LegacySerializer):
+                raise SealError(
+                    "LangGraph's EncryptedSerializer wrote some of it, and sealed as they are these"
+                    " values could not be read. Pass serde=LegacySerializer(), with that key."
+                )
             type_, data = self._serde.decrypted(*unpack(type_, data))
         return self._target.seal(type_, data, *place)
 

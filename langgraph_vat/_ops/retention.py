@@ -128,7 +128,7 @@ async def copy_thread(
         raise InvalidInputError("a thread cannot be copied onto itself; choose another target id")
     source = await find(shared, backend, source_id, create=False)
     if source is None:
-        raise InvalidInputError(f"there is no thread {source_id!r} to copy; nothing was written")
+        raise _nothing_to_copy(source_id)
     await flush_waiting(shared, backend, source_id)
     target = await find(shared, backend, target_id, create=True)
     assert target is not None
@@ -138,22 +138,37 @@ async def copy_thread(
         # The source's lock after the target's may deadlock with the opposite copy;
         # Postgres then ends one of the two, and its second attempt succeeds.
         locked = await session.fetch(sql.LOCK_THREADS, {"threads": [source_id]})
+        if not locked:
+            raise _nothing_to_copy(source_id)  # it was deleted just now
         if (await session.fetch(sql.HAS_ROWS, {"thread": target_id}))[0][0]:
             msg = (
                 f"thread {target_id!r} already has checkpoints; nothing was copied. Delete it first"
             )
             raise InvalidInputError(msg)
+        # Their keys may be others since they were found.
+        present = await known_in(shared, session, source_id, Fence(*locked[0][1:3])) or source
+        new = await known_in(shared, session, target_id, fence) or target
+        _refuse_mixed((source_id, present), (target_id, new))
         for statement in sql.COPY_ROWS:
             await session.execute(statement, {"thread": source_id, "target": target_id})
         if checkpoint_id is not None:
             await _keep_ancestors(session, source_id, target_id, checkpoint_id)
-        # Their keys may be others since they were found.
-        present = await known_in(shared, session, source_id, Fence(*locked[0][1:3])) or source
-        new = await known_in(shared, session, target_id, fence) or target
         await _seal_copy(shared, session, serde, (source_id, present), (target_id, new))
         await recount(shared, session, target_id)
 
     await change_history(shared, backend, target_id, body)
+
+
+def _nothing_to_copy(thread_id: str) -> InvalidInputError:
+    return InvalidInputError(f"there is no thread {thread_id!r} to copy; nothing was written")
+
+
+def _refuse_mixed(source: tuple[str, Known], target: tuple[str, Known]) -> None:
+    if source[1].is_sealed and not target[1].is_sealed:
+        raise InvalidInputError(
+            f"thread {source[0]!r} is sealed and {target[0]!r} is not; nothing was copied."
+            " Delete it first"
+        )
 
 
 async def _seal_copy(
@@ -166,11 +181,6 @@ async def _seal_copy(
     """Seal rows that were copied as the target's."""
     (source_id, known), (target_id, new) = source, target
     if new.data_key is None:
-        if known.is_sealed:
-            raise InvalidInputError(
-                f"thread {source_id!r} is sealed and {target_id!r} is not; nothing was copied."
-                " Delete it first"
-            )
         return
     codec = new.codec(serde, target_id)
     if known.is_sealed:
