@@ -37,8 +37,9 @@ from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
 from langgraph_vat._ops import search
+from langgraph_vat._ops.fields import is_paths
 from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key, wrap_key
-from langgraph_vat._ops.search import VectorIndex, is_paths
+from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.shared import SHREDDED, now
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data

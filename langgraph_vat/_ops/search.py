@@ -23,7 +23,7 @@ from typing import Any, LiteralString, TypeAlias, cast
 import orjson
 from langchain_core.embeddings import Embeddings
 from langgraph.store.base import IndexConfig, SearchOp
-from langgraph.store.base.embed import ensure_embeddings, get_text_at_path, tokenize_path
+from langgraph.store.base.embed import ensure_embeddings
 from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
@@ -31,6 +31,7 @@ from langgraph_vat._durable.blind import item_condition
 from langgraph_vat._durable.filters import to_sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
+from langgraph_vat._ops.fields import Fields
 from langgraph_vat._seal.blind_index import BLIND
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -65,7 +66,7 @@ class VectorIndex:
         if type(self.dims) is not int or self.dims < 1:
             raise ConfigurationError("index needs dims, the length of its vectors")
         self.embeddings = _embeddings(given.get("embed"))
-        self.fields = _fields(given.get("fields") or ["$"])
+        self.fields = Fields(given.get("fields"))
         self.distance = given.get("distance_type", "cosine")
         if self.distance not in _OPERATORS:
             raise ConfigurationError(f"distance_type must be one of {', '.join(_OPERATORS)}")
@@ -84,13 +85,7 @@ class VectorIndex:
 
     def texts(self, value: Mapping[str, Any], paths: Sequence[str] | None) -> dict[str, str]:
         """Return the texts of a value to embed, by the name of their field."""
-        fields = self.fields if paths is None else [_field(path) for path in paths]
-        found: dict[str, str] = {}
-        for path, tokens in fields:
-            texts = get_text_at_path(value, cast("Any", tokens))
-            names = [path] if len(texts) == 1 else [f"{path}.{i}" for i in range(len(texts))]
-            found.update(zip(names, texts, strict=True))
-        return found
+        return self.fields.texts(value, paths)
 
     def literals(self, vectors: Any, count: int) -> list[str]:
         """
@@ -148,12 +143,6 @@ def _options(ann: Mapping[str, Any]) -> str:
     return f" WITH ({options})" if options else ""
 
 
-def _fields(paths: Any) -> list[tuple[str, Any]]:
-    if not is_paths(paths):
-        raise ConfigurationError("fields must be a list of paths, such as ['text']")
-    return [_field(path) for path in paths]
-
-
 def _embeddings(embed: Any) -> Embeddings:
     """
     Return what embeds.
@@ -172,15 +161,6 @@ def _embeddings(embed: Any) -> Embeddings:
         raise ConfigurationError(
             f"the embedder that index names cannot be loaded: {error}"
         ) from error
-
-
-def is_paths(paths: Any) -> bool:
-    """Whether something is a list of paths. A string is not: its letters would be the paths."""
-    return isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths)
-
-
-def _field(path: str) -> tuple[str, Any]:
-    return path, "$" if path == "$" else tokenize_path(path)
 
 
 @dataclass(slots=True)
