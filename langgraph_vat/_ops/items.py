@@ -36,11 +36,13 @@ from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
-from langgraph_vat._ops import search
+from langgraph_vat._ops import ranking, search
 from langgraph_vat._ops.fields import is_paths
 from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key, wrap_key
+from langgraph_vat._ops.ranking import RankedSearchOp, Rankings
 from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.shared import SHREDDED, now
+from langgraph_vat._ops.texts import TextIndex, put_texts
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import BLIND, IndexKey
@@ -78,6 +80,8 @@ class Items:
     filterable: Sequence[str] = ()
     """Fields that have tokens."""
     settings: Settings = field(default_factory=Settings)
+    texts: TextIndex | None = None
+    """What is found by words."""
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
     opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -85,6 +89,10 @@ class Items:
     opened: OpenedKeys = field(default_factory=OpenedKeys)
     index_key: IndexKey | None = None
     """The key of the tokens, once it was needed."""
+    rankings: Rankings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rankings = Rankings(self.index, self.settings)
 
     @property
     def may_be_plain(self) -> bool:
@@ -114,7 +122,7 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
         UnavailableError: Postgres or the embedder does not answer. Nothing was
             written, or all of it.
     """
-    listed = [_checked(op) for op in ops]
+    listed = [_ranked(items, _checked(op)) for op in ops]
     plan = await _prepare(items, backend, listed)
 
     async def body(session: Session) -> list[Result]:
@@ -122,7 +130,7 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
             await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})
             await _open_keys(items, session, session, plan.plain, plan.plain)
         results: list[Result] = [None] * len(listed)
-        runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
+        runs = itertools.groupby(enumerate(listed), key=lambda pair: _kind(pair[1]))
         for kind, run in runs:
             pairs = list(run)
             if kind is PutOp:
@@ -134,6 +142,10 @@ async def batch(items: Items, backend: Backend, ops: Iterable[Op]) -> list[Resul
         return results
 
     return await backend.durable.transact(body)
+
+
+def _kind(op: Op) -> type[Op]:
+    return SearchOp if isinstance(op, SearchOp) else type(op)
 
 
 async def sweep(backend: Backend) -> int:
@@ -170,6 +182,10 @@ def _checked(op: Op) -> Op:
     if isinstance(op, PutOp):
         _check_put(op)
     return op
+
+
+def _ranked(items: Items, op: Op) -> Op:
+    return items.rankings.completed(op) if isinstance(op, SearchOp) else op
 
 
 def _check_put(op: PutOp) -> None:
@@ -422,7 +438,8 @@ async def _embed(index: VectorIndex, backend: Backend, plan: _Plan) -> None:
     for op in plan.ops:
         if isinstance(op, PutOp) and op.value is not None and op.index is not False:
             texts.update(dict.fromkeys(index.texts(op.value, op.index).values()))
-    queries = {op.query for op in plan.ops if isinstance(op, SearchOp) and op.query}
+    ranked = (op for op in plan.ops if isinstance(op, RankedSearchOp) and op.is_by_meaning)
+    queries = {op.query for op in ranked if op.query}
     vectors, found, failure = [], {}, ""
     try:
         vectors = await backend.embed(index.embeddings, list(texts)) if texts else []
@@ -453,6 +470,8 @@ async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) ->
     await session.execute(sql.PUT, columns(rows, *names))
     if items.index is not None:
         await _put_vectors(items.index, session, plan, kept)
+    if items.texts is not None:
+        await put_texts(items.texts, session, kept)
 
 
 async def _put_vectors(
@@ -535,7 +554,9 @@ async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Res
     return [Item(**_decode(items, found[p])) if p in found else None for p in places]
 
 
-async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
+async def _search(
+    items: Items, session: Session, plan: _Plan, op: RankedSearchOp
+) -> list[SearchItem]:
     index = items.index
 
     async def matching(rows: list[Row]) -> list[Row]:
@@ -548,14 +569,11 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
         query = search.prepare(op, index, vector, matching, _wanted_tokens(items, op))
     else:
         query = search.prepare(op, index, vector)
-    rows = await search.run(session, query)
+    rows = await ranking.run(session, query, op.options)
     rows = _not_shredded(items, await _opened(items, session, rows))
     if op.refresh_ttl:
         await _refresh(session, rows)
-    return [
-        SearchItem(**_decode(items, row), score=index.score(row[-1]) if index else None)
-        for row in rows
-    ]
+    return [SearchItem(**_decode(items, row), score=row[-1]) for row in rows]
 
 
 def _wanted_tokens(items: Items, op: SearchOp) -> dict[str, str]:

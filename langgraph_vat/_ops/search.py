@@ -214,7 +214,9 @@ async def run(session: Session, query: Query) -> list[Row]:
     """Return the rows of one page: an item's columns and its distance, if it has one."""
     first, last = query.op.offset, query.op.offset + query.op.limit
     if query.matching is not None:
-        return (await _until(session, query, last))[first:last]
+        # What there is is asked once: no row shifts.
+        places = await _ordered(session, query, sql.PLACE, None, 0)
+        return (await opened(session, query, places, last))[first:last]
     if query.vector is not None and first == 0 < last and _has_index(query):
         page, is_all = await _compared(session, query, sql.ITEM, last, 0, few=_FEW)
         if not is_all:
@@ -253,16 +255,15 @@ async def _compared(
     return [row[:-1] for row in rows if row[0] is not None], rows[0][-1] <= few
 
 
-async def _until(session: Session, query: Query, enough: int) -> list[Row]:
-    """Open candidates in order until `enough` match. What they are is asked once: no row shifts."""
+async def opened(session: Session, query: Query, places: Sequence[Row], enough: int) -> list[Row]:
+    """Open what is at these places in order until enough match: of each its last column, too."""
     assert query.matching is not None
     found: list[Row] = []
-    places = await _ordered(session, query, sql.PLACE, None, 0)
     for start in range(0, len(places), _PAGE):
-        distances = {(prefix, key): d for prefix, key, d in places[start : start + _PAGE]}
-        rows = await session.fetch(sql.GET, columns(list(distances), "prefixes", "keys"))
+        last = {(prefix, key): one for prefix, key, one in places[start : start + _PAGE]}
+        rows = await session.fetch(sql.GET, columns(list(last), "prefixes", "keys"))
         by_place = {(row[0], row[1]): row for row in rows}
-        ordered = [(*by_place[p], d) for p, d in distances.items() if p in by_place]
+        ordered = [(*by_place[p], one) for p, one in last.items() if p in by_place]
         found += await query.matching(ordered)
         if len(found) >= enough:
             break

@@ -1,7 +1,7 @@
 """Create or migrate the store's tables, in one locked transaction, and only if needed."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import psycopg
 from psycopg import sql as composing
@@ -58,17 +58,18 @@ def ddl(
     schema: str | None,
     index: VectorIndex | None,
     filterable: Collection[str],
+    more: Sequence[composing.Composable],
     *,
     create_extension: bool,
 ) -> str:
-    """Return what `setup_items` would run on a new or an older database, as a script."""
+    """Return what `setup_items` would run on a new or an older database, and more, as a script."""
     statements: list[composing.Composable] = [composing.SQL(statement) for statement in sql.SCHEMA]
     if index is not None:
         if create_extension:
             statements.append(composing.SQL(sql.CREATE_EXTENSION))
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
     statements += [statement for _, statement in item_indexes(filterable)]
-    return script(schema, statements)
+    return script(schema, [*statements, *more])
 
 
 async def check_items(
