@@ -36,7 +36,7 @@ _SCALE = 2.2
 _MOST_QUERY_BYTES = 10_000
 _MOST_WORDS = 32
 # To score one takes some 20 µs.
-_MOST_SCORED = 5_000
+_MOST_SCORED = 2_000
 _MOST_KNOWN = 50_000
 
 

@@ -20,8 +20,10 @@ from langgraph_vat import (
     SemanticStore,
     Vat,
 )
+from langgraph_vat._io.blocking import BlockingSession
 from langgraph_vat._ops import lexical, texts
 from tests.store.embedder import DIMS, embed
+from tests.test_plans import looked_at
 
 INDEX = {"dims": DIMS, "embed": embed, "fields": ["text"]}
 BOTH = {"index": INDEX, "text_search": "english"}
@@ -222,6 +224,51 @@ def test_hybrid_finds_what_either_finds(store):
     assert set(keys(store.search(("h",), query="xk-4711", ranking="hybrid", limit=2))) >= {"exact"}
     store.put(("h",), "no text", {"other": 1})
     assert len(store.search(("h",), query="XK-4711", ranking="hybrid", limit=200)) == 103
+
+
+FILL = (
+    """
+INSERT INTO store (prefix, key, value)
+SELECT 'users.' || n % 1000, n::text, '{}' FROM generate_series(1, 30000) AS n""",
+    """
+INSERT INTO vat_store_texts (prefix, key, updated_at, document, words)
+SELECT prefix, key, updated_at, to_tsvector('simple', text), 8
+FROM store, LATERAL (
+    SELECT string_agg('w' || (key::int * i % 4999), ' ') || ' all' AS text
+    FROM generate_series(1, 7) AS i
+) AS t""",
+    "VACUUM ANALYZE",
+)
+
+
+def test_other_namespaces_are_not_looked_at(words, postgres_url, monkeypatch):
+    for statement in FILL:
+        run(postgres_url, statement)
+    asked, fetch = [], BlockingSession.fetch
+
+    async def spied(session, query, params=None, **options):
+        asked.append((query, params))
+        return await fetch(session, query, params, **options)
+
+    monkeypatch.setattr(BlockingSession, "fetch", spied)
+    found = words.search(("users", "7"), query="all w49 w14 w1234", filter={"n": None})
+    assert len(scored(found)) == 10
+    with psycopg.connect(postgres_url) as connection:
+        for statement, params in asked:
+            text = statement if isinstance(statement, str) else statement.as_string(connection)
+            plan = connection.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}", params).fetchone()
+            assert looked_at(plan[0][0]["Plan"]) < 1_000, text
+    assert len(asked) >= 2
+
+
+def test_a_page_may_be_larger_than_anything(store):
+    store.put(("a",), "k", {"text": "ant"})
+    for ranking in RANKINGS:
+        (found,) = store.search(("a",), query="ant", ranking=ranking, limit=10**30)
+        assert found.key == "k"
+        assert store.search(("a",), query="ant", ranking=ranking, offset=10**30) == []
+        assert store.search(("a",), query="ant", ranking=ranking, limit=0) == []
+        assert store.search(("b",), query="ant", ranking=ranking) == []
 
 
 # --- documents go with their items -------------------------------------------------
