@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -22,6 +23,7 @@ from langgraph_vat import (
 )
 from langgraph_vat._io.blocking import BlockingSession
 from langgraph_vat._ops import lexical, texts
+from langgraph_vat._ops.ranking import RankedSearchOp
 from tests.store.embedder import DIMS, embed
 from tests.test_plans import looked_at
 
@@ -176,9 +178,10 @@ FILTERS = (None, {"keep": True}, {"odd": {"$ne": b"x"}})  # the last one SQL can
 @pytest.mark.parametrize("size", [1, 7, 20])
 def test_every_match_is_on_exactly_one_page(store, ranking, condition, size, monkeypatch):
     monkeypatch.setattr("langgraph_vat._ops.ranking._LEAST_DEPTH", 8)
-    ops = []
+    dice, ops = random.Random(size), []
     for i in range(60):
-        value = {"text": f"cab number {i} {WORDS[i % 6] if i % 2 else ''}", "keep": i % 3 > 0}
+        text = f"{' '.join(dice.choices(WORDS, k=2))} {'abcdef'[i % 6] * dice.randrange(20)}"
+        value = {"text": text, "keep": i % 3 > 0}
         ops.append(PutOp(("p",), f"{i:02}", value, index=None if i % 5 else False))
     store.batch(ops)
     options = {"query": "an ant or a fox", "ranking": ranking, "filter": condition}
@@ -419,22 +422,40 @@ def test_setup_may_run_in_many_threads_at_once(postgres_url):
         store.close()
 
 
-def test_items_put_while_those_from_before_are_read_keep_their_own_words(words, postgres_url):
+def test_reading_older_texts_takes_the_place_of_no_newer_one(words, postgres_url):
+    words.put(("u",), "k", {"t": "old"})
+    run(postgres_url, "UPDATE vat_store_texts SET updated_at = 'epoch'")
+    with psycopg.connect(postgres_url) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("UPDATE store SET updated_at = now()")
+        other.execute("UPDATE vat_store_texts SET updated_at = now(), document = 'new:1'")
+        reading = pool.submit(words.index_texts)
+        while not run(postgres_url, WAITING).fetchone()[0]:
+            assert not reading.done()
+        other.commit()
+        assert reading.result() == 0
+    assert scored(words.search(("u",), query="new")) == ["k"]
+
+
+WAITING = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock'"""
+
+
+def test_items_may_be_put_while_those_from_before_are_read(words, postgres_url):
     words.batch([PutOp(("u",), f"{i:03}", {"t": "old"}) for i in range(300)])
 
     def put(number):
         for i in range(number, 300, 3):
             words.put(("u",), f"{i:03}", {"t": "new"})
 
-    def read(_):
+    def read():
         for _ in range(20):
             run(postgres_url, "UPDATE vat_store_texts SET updated_at = 'epoch' WHERE key < '200'")
             words.index_texts()
 
     with ThreadPoolExecutor(4) as pool:
-        done = [pool.submit(put, n) for n in range(3)] + [pool.submit(read, 0)]
-        assert [one.result() for one in done]
-    words.index_texts()
+        for one in [pool.submit(put, n) for n in range(3)] + [pool.submit(read)]:
+            one.result()
     assert scored(words.search(("u",), query="old", limit=300)) == []
     assert len(scored(words.search(("u",), query="new", limit=300))) == 300
 
@@ -564,9 +585,11 @@ def test_how_far_a_scan_goes_is_set_for_one_search_alone(postgres_url, monkeypat
     options = {"index": INDEX, "max_scan_tuples": 7_000}
     with SemanticStore.from_conn_string(postgres_url, **options) as store:
         store.put(("a",), "k", {"text": "abc"})
-        tuned = [{}, {"ef_search": 77}, {"ef_search": 78, "max_scan_tuples": 9}, {}]
-        for one in tuned:
-            assert keys(store.search(("a",), query="abc", **one)) == ["k"]
+        fields = ("a",), None, 10, 0, "abc"
+        tuned = [{}, {"ef_search": 77}, {"ef_search": 78, "max_scan_tuples": 9}]
+        ops = [RankedSearchOp(*fields, options=options) for options in tuned]
+        for found in store.batch([*ops, SearchOp(*fields)]):
+            assert keys(found) == ["k"]
     assert seen == [(40, 7_000), (77, 7_000), (78, 9), (40, 7_000)]  # 40 is pgvector's own
 
 
