@@ -146,7 +146,7 @@ SELECT a.lexeme, a.quoted, n.items, k.items, k.words FROM known k, asked a CROSS
 ORDER BY n.items, a.lexeme"""
 )
 
-# Items that have one of the words; the latest, if they are too many.
+# Items that have one of the words; if they are too many, those with a rare one, and the latest.
 CANDIDATES: LiteralString = (
     """
 SELECT s.prefix, s.key, s.updated_at, t.document, t.words
@@ -157,7 +157,8 @@ WHERE t.document @@ %(words)s::tsquery AND """
     + " AND "
     + _ALIVE
     + """ AND {filter}
-ORDER BY s.updated_at DESC, s.prefix, s.key LIMIT %(most_scored)s"""
+ORDER BY t.document @@ %(rare_words)s::tsquery DESC, s.updated_at DESC, s.prefix, s.key
+LIMIT %(most_scored)s"""
 )
 
 # BM25 (Robertson and Zaragoza, The Probabilistic Relevance Framework: BM25 and Beyond, 2009),

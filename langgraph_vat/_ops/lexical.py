@@ -7,8 +7,8 @@ a query. So the order is total, and pages show every match exactly once.
 
 The cost is bounded. Words are counted within the namespace that is searched, and not beyond
 some thousands. Items are scored that have one of the rarest words, as many words as there
-are few enough items for; more frequent words count only where such a one is, too. Of a
-word that alone is in too many, the latest items are scored.
+are few enough items for; if these are not many, so are, up to that bound, the latest that
+have the next word. Words more frequent than these count only where one of these is, too.
 """
 
 import math
@@ -37,6 +37,7 @@ _MOST_QUERY_BYTES = 10_000
 _MOST_WORDS = 32
 # To score one takes some 20 µs.
 _MOST_SCORED = 2_000
+_ENOUGH = 200
 _MOST_KNOWN = 50_000
 
 
@@ -71,10 +72,12 @@ async def _ask(session: Session, query: Query) -> Asked | None:
     text = readable(query.op.query or "", _MOST_QUERY_BYTES)
     params = {"prefix": query.params["prefix"], "text": text, **limits}
     rows = await session.fetch(sql.ASK, params, plan_anew=True)
-    if not rows:
+    words, rare = _chosen([(quoted, count) for _, quoted, count, *_ in rows if count])
+    if not words:
         return None
     return {
-        "words": " | ".join(_rarest([(quoted, count) for _, quoted, count, *_ in rows])),
+        "words": " | ".join(words),
+        "rare_words": " | ".join(rare),
         "lexemes": [row[0] for row in rows],
         "weights": [_weight(count, known) for _, _, count, known, _ in rows],
         "average": max(rows[0][-1] or 0.0, 1.0),
@@ -82,16 +85,16 @@ async def _ask(session: Session, query: Query) -> Asked | None:
     }
 
 
-def _rarest(words: list[tuple[str, int]]) -> list[str]:
-    """Return the words, the rarest first, that are in few enough items together; one at least."""
-    found: list[str] = []
-    total = 0
-    for quoted, count in words:
+def _chosen(words: list[tuple[str, int]]) -> tuple[list[str], list[str]]:
+    """Return of words, the rarest first, those to look for, and those whose items all count."""
+    found, total = [quoted for quoted, _ in words], 0
+    for position, (_, count) in enumerate(words):
+        if total + count > _MOST_SCORED:
+            rare = found[:position]
+            # One more, where these are not enough; if there is none, of it none comes first.
+            return (rare, rare) if total >= _ENOUGH else (found[: position + 1], rare or found)
         total += count
-        if found and total > _MOST_SCORED:
-            break
-        found.append(quoted)
-    return found
+    return found, found
 
 
 def _weight(count: int, known: int) -> float:

@@ -156,17 +156,26 @@ def test_the_first_of_a_very_long_text_counts(words):
     assert scored(words.search(("u",), query=f"w7 {long}")) == ["k"]
 
 
-def test_frequent_words_alone_do_not_decide_what_is_looked_at(words, monkeypatch):
+def test_of_frequent_words_the_latest_are_scored(words, monkeypatch):
     monkeypatch.setattr(lexical, "_MOST_SCORED", 5)
+    monkeypatch.setattr(lexical, "_ENOUGH", 2)
     for i in range(30):
-        words.put(("u",), f"{i:02}", {"t": "cat dog" if i in (3, 4) else "cat"})
-    found = words.search(("u",), query="cat dog", limit=30)
-    assert scored(found) == ["04", "03"]
-    assert keys(found)[2:] == [f"{i:02}" for i in range(29, -1, -1) if i not in (3, 4)]
-    # Of a word that is in too many, the latest.
-    found = words.search(("u",), query="cat", limit=30)
-    assert scored(found) == ["29", "28", "27", "26", "25"]
-    assert len(set(keys(found))) == 30
+        rare = {3: "dog", 4: "dog", 5: "eel"}.get(i, "")
+        words.put(("u",), f"{i:02}", {"t": f"cat {rare}"})
+    latest = [f"{i:02}" for i in range(29, -1, -1)]
+
+    def found(query):
+        found = words.search(("u",), query=query, limit=30)
+        assert len(set(keys(found))) == 30
+        with_score = scored(found)
+        assert keys(found)[len(with_score) :] == [key for key in latest if key not in with_score]
+        return with_score
+
+    assert found("cat dog") == ["04", "03"]
+    assert found("cat zebra") == latest[:5]
+    assert found("cat eel") == ["05", *latest[:4]]
+    assert found("cat eel zebra dog") == ["05", "04", "03"]
+    assert found("zebra") == []
 
 
 RANKINGS = ("vector", "lexical", "hybrid")
