@@ -602,6 +602,22 @@ def test_how_far_a_scan_goes_is_set_for_one_search_alone(postgres_url, monkeypat
     assert seen == [(40, 7_000), (77, 7_000), (78, 9), (40, 7_000)]  # 40 is pgvector's own
 
 
+def test_the_least_score_counts_for_what_is_sealed_as_well(postgres_url):
+    with SemanticStore.from_conn_string(
+        postgres_url, index=INDEX, keyring=Keyring.generate()
+    ) as store:
+        for i in range(20):
+            store.put(("s",), f"{i:02}", {"text": "abc" + "mno" * i, "n": i % 2})
+        for condition in (None, {"n": 1}):
+            options = {"query": "abc", "filter": condition}
+            every = store.search(("s",), limit=20, **options)
+            least = every[3].score
+            assert keys(store.search(("s",), min_score=least, **options)) == keys(every[:4])
+            assert keys(store.search(("s",), min_score=least, offset=3, **options)) == [
+                every[3].key
+            ]
+
+
 def test_both_faces_take_the_same_options(store):
     store.put(("a",), "k", {"text": "kiwi"})
     store.put(("a",), "l", {"text": "plum"})
