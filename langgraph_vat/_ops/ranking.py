@@ -3,9 +3,9 @@ How what a search finds is ordered: by meaning, by words, or by both.
 
 ``search`` and ``lexical`` say what their orders are. ``hybrid`` fuses the beginnings of both:
 an item's score is the sum of 1 / (60 + its rank) over those that have it (reciprocal rank
-fusion: Cormack, Clarke and Büttcher, 2009). What neither has comes after, as in a search
-without a query. How long the beginnings are depends on the size of a page and not on its
-number, so pages of one size show every match exactly once.
+fusion: Cormack, Clarke and Büttcher, 2009). What neither has comes after, by meaning again.
+How long the beginnings are depends on the size of a page and not on its number, so pages of
+one size show every match exactly once.
 
 Whatever the order, items with a score come before those without, the greatest first.
 """
@@ -27,7 +27,9 @@ from langgraph_vat.settings import Settings, search_fault
 
 # Their constant, which nobody has to choose.
 _K = 60
-_LEAST_DEPTH, _PAGES_DEEP = 50, 4
+# Where a list holds nearly all there is, to be in it says nothing: the deeper, the more
+# any common word outweighs the nearest meaning (tests/store/test_recall.py).
+_LEAST_DEPTH, _PAGES_DEEP = 20, 2
 
 
 class SearchOptions(TypedDict, total=False):
@@ -129,24 +131,24 @@ async def _by_meaning(session: Session, query: Query) -> list[Row]:
 
 
 async def _fused(session: Session, query: Query) -> list[Row]:
-    op, scores, found = query.op, defaultdict[tuple[str, str], float](float), {}
+    op, scores = query.op, defaultdict[tuple[str, str], float](float)
+    found: dict[tuple[str, str], Row] = {}
     depth = max(_LEAST_DEPTH, _PAGES_DEEP * op.limit)
     beginning = replace(query, op=op._replace(limit=depth, offset=0))
     for rows in await search.run(session, beginning), await lexical.best(session, beginning):
         for rank, row in enumerate((row for row in rows if row[-1] is not None), start=1):
             scores[row[0], row[1]] += 1 / (_K + rank)
-            found[row[0], row[1]] = row
-    ranked = sorted(((*row[:-1], scores[p]) for p, row in found.items()), key=_order)
+            found.setdefault((row[0], row[1]), row)
+    # Sorted as they were found: of equal ones the nearer in meaning is first.
+    ranked = sorted(((*row[:-1], scores[p]) for p, row in found.items()), key=lambda row: -row[-1])
     page = ranked[op.offset : op.offset + op.limit]
     if len(page) == op.limit:
         return page
     others = lexical.narrowed(query, sql.ELSEWHERE, columns(list(found), *sql.PLACES))
     rest = op._replace(limit=op.limit - len(page), offset=max(0, op.offset - len(ranked)))
-    return page + await search.run(session, replace(others, op=rest, vector=None))
-
-
-def _order(row: Row) -> tuple[float, float, str, str]:
-    return -row[-1], -row[6].timestamp(), row[0], row[1]
+    return page + [
+        (*row[:-1], None) for row in await search.exact(session, replace(others, op=rest))
+    ]
 
 
 _RANKINGS = {None: search.run, "vector": _by_meaning, "lexical": lexical.run, "hybrid": _fused}

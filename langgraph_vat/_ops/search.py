@@ -212,17 +212,24 @@ def prepare(
 
 async def run(session: Session, query: Query) -> list[Row]:
     """Return the rows of one page: an item's columns and its distance, if it has one."""
-    first, last = query.op.offset, query.op.offset + query.op.limit
-    if query.matching is not None:
-        # What there is is asked once: no row shifts.
-        places = await _ordered(session, query, sql.PLACE, None, 0)
-        return (await opened(session, query, places, last))[first:last]
-    if query.vector is not None and first == 0 < last and _has_index(query):
+    last = query.op.limit
+    is_first = query.op.offset == 0 < last and query.matching is None
+    if query.vector is not None and is_first and _has_index(query):
         page, is_all = await _compared(session, query, sql.ITEM, last, 0, few=_FEW)
         if not is_all:
             page = await _nearest(session, query, last)
         if page or is_all:
             return page
+    return await exact(session, query)
+
+
+async def exact(session: Session, query: Query) -> list[Row]:
+    """Return them without any index of vectors: what is on a page is on no other."""
+    first, last = query.op.offset, query.op.offset + query.op.limit
+    if query.matching is not None:
+        # What there is is asked once: no row shifts.
+        places = await _ordered(session, query, sql.PLACE, None, 0)
+        return (await opened(session, query, places, last))[first:last]
     return await _ordered(session, query, sql.ITEM, query.op.limit, first)
 
 

@@ -219,13 +219,18 @@ def test_hybrid_is_the_fusion_of_both(store):
     query = "ant fox abcabc"
     ranks = {}
     for ranking in ("vector", "lexical"):
-        found = store.search(("h",), query=query, ranking=ranking, limit=50)
+        found = store.search(("h",), query=query, ranking=ranking, limit=20)
         for rank, key in enumerate(scored(found), start=1):
             ranks.setdefault(key, []).append(rank)
     found = store.search(("h",), query=query, ranking="hybrid", limit=10)
     expected = {key: sum(1 / (60 + rank) for rank in of_key) for key, of_key in ranks.items()}
     assert [item.score for item in found] == sorted(expected.values(), reverse=True)[:10]
     assert all(item.score == expected[item.key] for item in found)
+    # The others are there, too, in the order of their meaning.
+    every = store.search(("h",), query=query, ranking="hybrid", limit=10, offset=len(expected))
+    by_meaning = store.search(("h",), query=query, limit=100)
+    assert [i.score for i in every] == [None] * 10
+    assert keys(every) == [key for key in keys(by_meaning) if key not in expected][:10]
 
 
 def test_hybrid_finds_what_either_finds(store):

@@ -1,0 +1,62 @@
+"""
+What is asked for is found: on a written set of memories and questions, by a real sentence model.
+
+    python -m pytest tests/store/test_recall.py -s
+
+prints how many of the questions have what answers them among the first five items, by how
+it is ordered. `make test` installs the model; without it there is nothing to measure.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from langgraph.store.base import PutOp
+
+from demo.embedder import NEEDED
+from langgraph_vat import SemanticStore
+
+RANKINGS = ("vector", "lexical", "hybrid")
+SET = json.loads((Path(__file__).parent / "memories.json").read_text())
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, NEEDED)), reason="the sentence model could not be installed"
+)
+
+
+@pytest.fixture
+def store(postgres_url):
+    from demo.minilm import MiniLM
+
+    model = MiniLM()
+    index = {"dims": model.dims, "embed": model, "fields": ["text"]}
+    with SemanticStore.from_conn_string(postgres_url, index=index, text_search="english") as store:
+        store.batch(
+            [PutOp(tuple(m["namespace"]), m["key"], {"text": m["text"]}) for m in SET["memories"]]
+        )
+        yield store
+
+
+def _is_hit(store, question, ranking):
+    found = store.search(
+        tuple(question["namespace"]), query=question["text"], ranking=ranking, limit=5
+    )
+    return any(item.key in question["relevant"] for item in found if item.score is not None)
+
+
+@pytest.mark.timeout(600)
+def test_both_together_find_as_much_as_either(store):
+    hits, asked = defaultdict(int), defaultdict(int)
+    for question in SET["questions"]:
+        for kind in (question["kind"], "all"):
+            asked[kind] += 1
+            for ranking in RANKINGS:
+                hits[kind, ranking] += _is_hit(store, question, ranking)
+    lines = [f"\n{len(SET['memories'])} memories; hit@5 of the questions by kind:"]
+    for kind, count in asked.items():
+        found = ", ".join(f"{ranking} {hits[kind, ranking] / count:.3f}" for ranking in RANKINGS)
+        lines.append(f"{kind} ({count}): {found}")
+    sys.stdout.write("\n".join([*lines, ""]))
+    assert hits["all", "hybrid"] >= max(hits["all", "vector"], hits["all", "lexical"])
