@@ -10,6 +10,7 @@ it is ordered. `make test` installs the model; without it there is nothing to me
 import json
 import sys
 from collections import defaultdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.skipif(
 def store(postgres_url):
     from demo.minilm import MiniLM
 
-    model = MiniLM()
-    index = {"dims": model.dims, "embed": model, "fields": ["text"]}
+    vector = cache(MiniLM().embed_query)
+    index = {"dims": MiniLM.dims, "embed": lambda texts: [*map(vector, texts)], "fields": ["text"]}
     with SemanticStore.from_conn_string(postgres_url, index=index, text_search="english") as store:
         store.batch(
             [PutOp(tuple(m["namespace"]), m["key"], {"text": m["text"]}) for m in SET["memories"]]
