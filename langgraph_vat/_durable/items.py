@@ -140,11 +140,14 @@ GUARD_ROOT_ALONE: LiteralString = (
     "SELECT pg_advisory_xact_lock(" + _GUARD + ") FROM (VALUES (%(root)s::text)) AS r (root)"
 )
 
-# Of these roots those that have items, and no data key.
+# Of these roots those that have items, and no data key. Two ranges, as in `namespaces`: each is
+# looked up, however many items there are.
 PLAIN_ROOTS: LiteralString = """
 SELECT r.root FROM unnest(%(roots)s::text[]) AS r (root)
 WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
-AND EXISTS (SELECT FROM store s WHERE s.prefix = r.root OR starts_with(s.prefix, r.root || '.'))
+AND (EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" = r.root)
+    OR EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" >= r.root || '.'
+               AND s.prefix COLLATE "C" < r.root || '/'))
 """
 
 NEXT_PLAIN_ROOTS: LiteralString = """
