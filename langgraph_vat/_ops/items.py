@@ -519,11 +519,12 @@ def _encode(
 ) -> tuple[str, str | None, bytes | None]:
     """Return the readable value, and type and bytes of the exact one if they differ."""
     value = dict(op.value or {})
-    is_clear = _is_clear(items, _root(place[0]))
-    if is_clear and is_plain(value):
+    root = _root(place[0])
+    if not _is_clear(items, root):
+        shown = tokens(items, root, value)
+    elif is_plain(value):
         return orjson.dumps(value).decode(), None, None
-    shown = {} if is_clear else tokens(items, _root(place[0]), value)
-    if is_clear:
+    else:
         shown = {k: v if is_plain(v) else _HIDDEN for k, v in value.items() if is_plain(k)}
         shown = {k: v for k, v in shown.items() if isinstance(k, str)}
     type_, exact = _codec(items, place[0]).dump(value, *place)
