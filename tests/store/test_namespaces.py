@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -109,23 +110,27 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("maker", [SemanticStore, PostgresStore], ids=["ours", "adopted"])
-def test_few_rows_are_looked_at_for_namespaces(postgres_url, maker):
-    with maker.from_conn_string(postgres_url) as made:
+@pytest.fixture(params=[SemanticStore, PostgresStore], ids=["ours", "adopted"])
+def filled(request, postgres_url) -> Iterator[psycopg.Connection]:
+    with request.param.from_conn_string(postgres_url) as made:
         made.setup()
     with SemanticStore.from_conn_string(postgres_url):
         pass
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         for statement in FILL:
             connection.execute(statement)
-        for mode in ("force_custom_plan", "force_generic_plan"):
-            connection.execute(SQL("SET plan_cache_mode = {}").format(mode))
-            for question, (conditions, depth, size) in QUESTIONS.items():
-                op = [MatchCondition(*condition) for condition in conditions]
-                params = {**sql.listing("", op, depth), "limit": 100, "offset": 0}
-                assert len(connection.execute(sql.LIST, params).fetchall()) == size, question
-                rows = looked_at(plan_of(connection, sql.LIST, params))
-                assert rows <= 3 * size + 5, (mode, question)
+        yield connection
+
+
+def test_few_rows_are_looked_at_for_namespaces(filled):
+    for mode in ("force_custom_plan", "force_generic_plan"):
+        filled.execute(SQL("SET plan_cache_mode = {}").format(mode))
+        for question, (conditions, depth, size) in QUESTIONS.items():
+            op = [MatchCondition(*condition) for condition in conditions]
+            params = {**sql.listing("", op, depth), "limit": 100, "offset": 0}
+            assert len(filled.execute(sql.LIST, params).fetchall()) == size, question
+            rows = looked_at(plan_of(filled, sql.LIST, params))
+            assert rows <= 3 * size + 5, (mode, question)
 
 
 def plan_of(connection: psycopg.Connection, statement: str, params: dict) -> dict:
@@ -259,20 +264,12 @@ def test_everything_is_not_deleted_by_mistake(store):
     assert store.count() == 1
 
 
-@pytest.mark.parametrize("maker", [SemanticStore, PostgresStore], ids=["ours", "adopted"])
-def test_few_rows_are_looked_at_to_delete_and_to_open(postgres_url, maker):
-    with maker.from_conn_string(postgres_url) as made:
-        made.setup()
-    with SemanticStore.from_conn_string(postgres_url):
-        pass
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for statement in FILL:
-            connection.execute(statement)
-        connection.execute("SET plan_cache_mode = force_custom_plan")
-        after = {"after_prefix": "u.1990.s", "after_key": "k", "limit": 10}
-        for first, end in (("u", "u\x01"), ("u.", "u/")):
-            params = {"first": first, "end": end, **after}
-            page = sql.PAGE.format(columns="s.prefix, s.key", filter="true")
-            assert looked_at(plan_of(connection, page, params)) <= 11
-            # Each is looked at when it is found, joined, deleted.
-            assert looked_at(plan_of(connection, sql.DELETE_NEXT, params)) <= 33
+def test_few_rows_are_looked_at_to_delete_and_to_open(filled):
+    filled.execute("SET plan_cache_mode = force_custom_plan")
+    after = {"after_prefix": "u.1990.s", "after_key": "k", "limit": 10}
+    for first, end in (("u", "u\x01"), ("u.", "u/")):
+        params = {"first": first, "end": end, **after}
+        page = sql.PAGE.format(columns="s.prefix, s.key", filter="true")
+        assert looked_at(plan_of(filled, page, params)) <= 11
+        # Each is looked at when it is found, joined, deleted.
+        assert looked_at(plan_of(filled, sql.DELETE_NEXT, params)) <= 33
