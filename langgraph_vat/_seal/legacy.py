@@ -84,12 +84,13 @@ class _Eax:
         tag, ciphertext = rest[:_TAG_BYTES], rest[_TAG_BYTES:]
         try:
             cipher = AES.new(self._key, AES.MODE_EAX, nonce=nonce)
-            return cipher.decrypt_and_verify(ciphertext, tag)
+            plain: bytes = cipher.decrypt_and_verify(ciphertext, tag)
         except ValueError:
             raise SealError(
                 "a value that LangGraph's EncryptedSerializer wrote could not be decrypted: it was"
                 " changed, or the key is another one. It was not used."
             ) from None
+        return plain
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a LegacySerializer holds a secret and cannot be pickled")
