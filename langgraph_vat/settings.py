@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from types import NoneType
-from typing import Any, TypeVar
+from math import inf
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from langgraph_vat._plain import is_plain
 from langgraph_vat.errors import ConfigurationError
@@ -13,6 +14,9 @@ from langgraph_vat.errors import ConfigurationError
 _DAY_S = 86_400
 _YEAR_S = 365 * _DAY_S
 STORAGES = ("compact", "compatible")
+RANKINGS = ("vector", "lexical", "hybrid")
+# What pgvector takes.
+_MOST_EF_SEARCH, _MOST_SCAN_TUPLES = 1_000, 2**31 - 1
 # A thousand years.
 _MOST_MINUTES = 525_600_000
 T = TypeVar("T", "Retention", "Settings")
@@ -25,6 +29,28 @@ def _now() -> datetime:
 def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigurationError(message)
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """Return the types that a setting may have; a whole number is a float, too."""
+    named = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = [get_origin(one) or one for one in named]
+    return (*kinds, int) if float in kinds else tuple(kinds)
+
+
+def search_fault(name: str, value: Any) -> str:
+    """Return what is wrong with an option of a search; nothing if it is well, or None."""
+    most = {"ef_search": _MOST_EF_SEARCH, "max_scan_tuples": _MOST_SCAN_TUPLES}.get(name)
+    if value is None:
+        return ""
+    if most is not None and not (type(value) is int and 1 <= value <= most):
+        return f"{name} must be None, or a whole number from 1 to {most:,}"
+    if name == "ranking" and value not in RANKINGS:
+        return f"ranking must be None, or one of {', '.join(RANKINGS)}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name == "min_score" and not (is_number and abs(value) < inf):
+        return "min_score must be None, or a finite number"
+    return ""
 
 
 def _made(kind: type[T], given: Mapping[str, Any]) -> T:
@@ -127,6 +153,17 @@ class Settings:
             first labels of a store, that have no data key: a `datetime` with a time zone. They
             stay as they are until ``seal_existing()``; new ones are sealed at once. Meanwhile
             whoever writes to the database can put others there. None for never.
+        text_search: The Postgres text search configuration by whose words items of a store are
+            found, such as ``"english"``, or ``"simple"`` for several languages; None to find them
+            by meaning alone. The same for all processes of a database; not with a keyring, since
+            the words are readable.
+        ranking: How a store's search with a query orders what it finds, unless it says so itself:
+            ``vector`` by meaning, ``lexical`` by words, ``hybrid`` by both. None for ``vector``
+            if there is an index, else ``lexical`` if there is a `text_search`.
+        ef_search: Candidates that a search by an HNSW index keeps, from 1 to 1,000: more find
+            more of the nearest, and take longer. None for pgvector's setting.
+        max_scan_tuples: Vectors that such a search visits before it compares all instead. None
+            for pgvector's setting.
         retention: For how long threads are kept: a `Retention`, or a mapping like
             ``ttl`` in langgraph.json; None for ever. A thread may have its own.
         max_head_bytes: A state larger than this is not kept hot.
@@ -154,6 +191,10 @@ class Settings:
     filterable_metadata: tuple[str, ...] = ()
     filterable_fields: tuple[str, ...] = ()
     accept_plaintext: datetime | None = None
+    text_search: str | None = None
+    ranking: str | None = None
+    ef_search: int | None = None
+    max_scan_tuples: int | None = None
     retention: Retention | None = None
     max_head_bytes: int = 16 * 2**20
     pool_size: int = 16
@@ -165,15 +206,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            kinds: tuple[type, ...] = (type(one.default),)
-            if one.type is float:
-                kinds = (int, float)
-            elif one.name == "retention":
-                kinds = (Retention, NoneType)
-            elif one.name == "accept_plaintext":
-                kinds = (datetime, NoneType)
+            kinds = _kinds(one.type)
             value = getattr(self, one.name)
-            names = " or ".join(kind.__name__ for kind in kinds)
+            names = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
             _require(
                 type(value) in kinds, f"{one.name} must be {names}, not {type(value).__name__}"
             )
@@ -194,6 +229,13 @@ class Settings:
         )
         _require(
             "vat_blind" not in self.thread_metadata, "thread_metadata must not name 'vat_blind'"
+        )
+        for name in ("ranking", "ef_search", "max_scan_tuples"):
+            fault = search_fault(name, getattr(self, name))
+            _require(not fault, fault)
+        _require(
+            self.text_search is None or (self.text_search and is_plain(self.text_search)),
+            "text_search must be None, or the name of a text search configuration",
         )
         until = self.accept_plaintext
         _require(

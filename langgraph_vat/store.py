@@ -3,11 +3,19 @@
 import asyncio
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.store.base import BaseStore, IndexConfig, Op, Result, TTLConfig
+from langgraph.store.base import (
+    BaseStore,
+    IndexConfig,
+    Op,
+    Result,
+    SearchItem,
+    TTLConfig,
+)
 
+from langgraph_vat._durable import lexical
 from langgraph_vat._durable.items import TABLES, VECTOR_TABLES
 from langgraph_vat._hot.keys import Keys
 from langgraph_vat._io.addresses import PostgresSource, RedisSource
@@ -22,7 +30,9 @@ from langgraph_vat._ops import items, namespaces
 from langgraph_vat._ops.address import Space, check
 from langgraph_vat._ops.embedding import Embedding
 from langgraph_vat._ops.embedding_cache import EmbeddingCache, model_of
+from langgraph_vat._ops.fields import Fields
 from langgraph_vat._ops.indexing import count_pending, index_pending
+from langgraph_vat._ops.ranking import RankedSearchOp, SearchOptions
 from langgraph_vat._ops.reseal import check_age
 from langgraph_vat._ops.reseal_items import reseal_roots, shred_root
 from langgraph_vat._ops.rotate import rotate_roots
@@ -36,6 +46,7 @@ from langgraph_vat._ops.store_schema import (
     secure,
     setup_items,
 )
+from langgraph_vat._ops.texts import TextIndex, check_texts, index_texts, setup_texts
 from langgraph_vat._records import Pending, Resealed, Rotated, Sealed
 from langgraph_vat._seal.strict import StrictSerializer
 from langgraph_vat.errors import ConfigurationError, InvalidInputError
@@ -64,10 +75,12 @@ class SemanticStore(Managed, BaseStore):
         keyring: Seals values; fields are then filtered after opening, but for
             `Settings.filterable_fields`. Ids and embeddings stay readable.
         serde: Serializer of what JSON cannot hold.
-        settings: Of a store, `Settings.filterable_fields` and `Settings.accept_plaintext`.
+        settings: Of a store, `Settings.filterable_fields`, `Settings.accept_plaintext`,
+            `Settings.text_search`, `Settings.ranking`, `Settings.ef_search` and
+            `Settings.max_scan_tuples`.
 
     Raises:
-        ConfigurationError: The index or the TTL cannot work.
+        ConfigurationError: The index, the TTL or how to search cannot work.
     """
 
     supports_ttl = True
@@ -95,7 +108,10 @@ class SemanticStore(Managed, BaseStore):
         self._connections: Connections | TenantConnections = connections
         self._space = Space(None)
         vectors = VectorIndex(index) if index is not None else None
+        texts = _texts(settings, vectors, keyring)
         self._needs = frozenset(TABLES if index is None else VECTOR_TABLES)
+        if texts is not None:
+            self._needs |= lexical.TABLES.keys()
         filterable = settings.filterable_fields if keyring is not None else ()
         embedding = None
         if vectors is not None:
@@ -103,7 +119,7 @@ class SemanticStore(Managed, BaseStore):
             cache = self._cache(connections, vectors, keyring, settings)
             embedding = Embedding(vectors, *embedders, settings.embed_timeout_s, cache)
         self._items = items.Items(
-            vectors, keyring, serde or StrictSerializer(), filterable, settings, embedding
+            vectors, keyring, serde or StrictSerializer(), filterable, settings, embedding, texts
         )
         self._indexer = Indexer(connections, self._items)
 
@@ -158,7 +174,8 @@ class SemanticStore(Managed, BaseStore):
 
         Raises:
             SchemaError: They cannot be brought up to date; pgvector is missing.
-            ConfigurationError: The table's vectors have other dimensions.
+            ConfigurationError: The table's vectors have other dimensions, or its texts were
+                read in another language.
         """
         backend = self._connections.blocking()
         drive(self._setup(backend, create_extension=create_extension, row_security=row_security))
@@ -172,6 +189,8 @@ class SemanticStore(Managed, BaseStore):
         await prepare(backend, self._connections.schema)
         known = self._items
         await setup_items(backend, known.index, known.filterable, create_extension=create_extension)
+        if known.texts is not None:
+            await setup_texts(known.texts, backend, known.serde)
         if row_security or await has_row_security(backend):
             await items.open_tokens(known, backend)  # while their key can be made: no tenant may
             await secure(backend)
@@ -183,6 +202,7 @@ class SemanticStore(Managed, BaseStore):
             schema,
             known.index,
             known.filterable,
+            known.texts,
             create_extension=create_extension,
             row_security=row_security,
         )
@@ -197,7 +217,8 @@ class SemanticStore(Managed, BaseStore):
 
     async def _check(self, backend: Backend) -> Sequence[str]:
         schema, known = self._connections.schema, self._items
-        return await check_items(backend, schema, known.index, known.filterable)
+        found = await check_items(backend, schema, known.index, known.filterable)
+        return found + (await check_texts(known.texts, backend) if known.texts is not None else [])
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """
@@ -217,6 +238,91 @@ class SemanticStore(Managed, BaseStore):
         backend = await self._connections.asyncio(self._needs)
         self._indexer.start()
         return await items.batch(self._items, backend, self._space, ops)
+
+    def search(
+        self,
+        namespace_prefix: tuple[str, ...],
+        /,
+        *,
+        query: str | None = None,
+        filter: dict[str, Any] | None = None,
+        limit: int = 10,
+        offset: int = 0,
+        refresh_ttl: bool | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> list[SearchItem]:
+        """
+        Search for items within a namespace prefix.
+
+        Without a query the items that were updated last come first. With one, those that
+        have a score come first, the greatest before the others; all other items follow.
+
+        Args:
+            namespace_prefix: Where; () for everywhere.
+            query: What to look for, in anybody's words.
+            filter: What the items' values must be like.
+            limit: Most items on the page.
+            offset: Items on the pages before it.
+            refresh_ttl: Whether the items that are returned live on; None for the TTL's default.
+            **options: ``ranking``: what counts, ``vector`` for meaning, scored as the class
+                says; ``lexical`` for words, any of them, scored by BM25; ``hybrid`` for both,
+                scored by the sum of 1 / (60 + rank) over the two, 0.033 at most; None for
+                `Settings.ranking`. ``min_score``: leaves out items with a smaller score, and
+                those without one, from all pages alike. ``ef_search``, ``max_scan_tuples``:
+                instead of those of `Settings`.
+
+        Raises:
+            InvalidInputError: An argument cannot be answered, or needs what the store
+                was made without. Nothing was searched.
+        """
+        refresh = self._refreshes if refresh_ttl is None else refresh_ttl
+        fields = namespace_prefix, filter, limit, offset, query, refresh
+        return self.batch([RankedSearchOp(*fields, options=options)])[0]  # type: ignore[return-value]
+
+    async def asearch(
+        self,
+        namespace_prefix: tuple[str, ...],
+        /,
+        *,
+        query: str | None = None,
+        filter: dict[str, Any] | None = None,
+        limit: int = 10,
+        offset: int = 0,
+        refresh_ttl: bool | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> list[SearchItem]:
+        """Like `search`."""
+        refresh = self._refreshes if refresh_ttl is None else refresh_ttl
+        fields = namespace_prefix, filter, limit, offset, query, refresh
+        found = await self.abatch([RankedSearchOp(*fields, options=options)])
+        return found[0]  # type: ignore[return-value]
+
+    @property
+    def _refreshes(self) -> bool:
+        return (self.ttl_config or {}).get("refresh_on_read", True)
+
+    def index_texts(self) -> int:
+        """
+        Have the items found by words that are not yet; return how many these were.
+
+        `setup` does it once, for what was there before `Settings.text_search`. It is needed
+        again for what was put without that since, such as by PostgresStore. It goes by the
+        fields of the index: what ``put(index=)`` said of an item is not known any more.
+
+        Raises:
+            ConfigurationError: There is no `text_search`.
+        """
+        return drive(self._index_texts(self._connections.blocking(self._needs)))
+
+    async def aindex_texts(self) -> int:
+        """Like `index_texts`."""
+        return await self._index_texts(await self._connections.asyncio(self._needs))
+
+    async def _index_texts(self, backend: Backend) -> int:
+        known = self._items
+        if known.texts is None:
+            raise ConfigurationError("there is nothing to find by words; pass text_search=")
+        return await index_texts(known.texts, backend, known.serde, self._space.root)
 
     def rotate(self) -> Rotated:
         """Wrap the data keys of roots by the keyring's primary key; see `Threads.rotate`."""
@@ -456,3 +562,17 @@ class SemanticStore(Managed, BaseStore):
         if isinstance(self._connections, Connections):
             await asyncio.to_thread(self._indexer.stop)
             await self._connections.aclose()
+
+
+def _texts(
+    settings: Settings, vectors: VectorIndex | None, keyring: KeyWrapper | None
+) -> TextIndex | None:
+    if settings.text_search is None:
+        return None
+    if keyring is not None:
+        raise ConfigurationError(
+            "text_search keeps the words of items where they can be read, and keyring= seals items:"
+            " leave one of them out. Nothing was written."
+        )
+    fields = vectors.fields if vectors is not None else Fields(None)
+    return TextIndex(settings.text_search, fields)

@@ -140,13 +140,13 @@ COUNT: LiteralString = (
 )
 
 # The next items of a range; behind those at the end of it nothing is looked at.
-_NEXT: LiteralString = """
+NEXT: LiteralString = """
 s.prefix COLLATE "C" >= %(first)s AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
 AND (s.prefix COLLATE "C", s.key) > (%(after_prefix)s, %(after_key)s)"""
-_IN_ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key LIMIT %(limit)s'
+IN_ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key LIMIT %(limit)s'
 
 PAGE: LiteralString = (
-    "SELECT {columns} FROM store s WHERE " + _NEXT + " AND {filter} AND " + LIVING + _IN_ORDER
+    "SELECT {columns} FROM store s WHERE " + NEXT + " AND {filter} AND " + LIVING + IN_ORDER
 )
 
 # Tells how many of them lived, and which was the last. Their vectors go with them.
@@ -155,8 +155,8 @@ DELETE_NEXT: LiteralString = (
 WITH gone AS (
     DELETE FROM store s USING (
         SELECT s.prefix, s.key FROM store s WHERE """
-    + _NEXT
-    + _IN_ORDER
+    + NEXT
+    + IN_ORDER
     + """ FOR UPDATE
     ) AS n
     WHERE s.prefix = n.prefix AND s.key = n.key RETURNING s.prefix, s.key, """
@@ -204,6 +204,13 @@ _INDEX_KEY: tuple[LiteralString, ...] = (
     "DROP POLICY IF EXISTS vat_index_key ON vat_store_keys",
     "CREATE POLICY vat_index_key ON vat_store_keys FOR SELECT USING (root = '')",
 )
+# Whether the role has all items: policies are none for it, or one of them hides nothing.
+SEES_ALL: LiteralString = """
+(NOT row_security_active('store') OR EXISTS (
+    SELECT FROM pg_policy p, unnest(p.polroles) AS r (role)
+    WHERE p.polrelid = 'store'::regclass AND p.polpermissive AND p.polcmd IN ('*', 'r')
+    AND pg_get_expr(p.polqual, p.polrelid) = 'true' AND (r.role = 0 OR pg_has_role(r.role, 'USAGE'))
+))"""
 # Of the tables that are there: whether they have it, and whether nothing of it is missing.
 SECURED: LiteralString = """
 SELECT t.name, c.relrowsecurity, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (

@@ -39,12 +39,15 @@ from langgraph_vat._durable import namespaces
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
-from langgraph_vat._ops import search
+from langgraph_vat._ops import ranking, search
 from langgraph_vat._ops.address import Space
 from langgraph_vat._ops.embedding import Embedded, Embedding, embed_documents, embed_queries
+from langgraph_vat._ops.fields import is_paths
 from langgraph_vat._ops.keys import OpenedKeys, open_index_key, unwrap_key, wrap_key
-from langgraph_vat._ops.search import VectorIndex, is_paths
+from langgraph_vat._ops.ranking import RankedSearchOp, Rankings
+from langgraph_vat._ops.search import VectorIndex
 from langgraph_vat._ops.shared import SHREDDED, now
+from langgraph_vat._ops.texts import TextIndex, put_texts
 from langgraph_vat._plain import is_plain, is_text
 from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import BLIND, IndexKey
@@ -84,6 +87,8 @@ class Items:
     settings: Settings = field(default_factory=Settings)
     embedding: Embedding | None = None
     """What embeds for the index, if there is one."""
+    texts: TextIndex | None = None
+    """What is found by words."""
     data_keys: dict[str, DataKey | None] = field(default_factory=dict)
     """Of roots; None of one that was shredded."""
     opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -91,6 +96,10 @@ class Items:
     opened: OpenedKeys = field(default_factory=OpenedKeys)
     index_key: IndexKey | None = None
     """The key of the tokens, once it was needed."""
+    rankings: Rankings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rankings = Rankings(self.index, self.settings)
 
     @property
     def may_be_plain(self) -> bool:
@@ -120,7 +129,7 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
         UnavailableError: Postgres does not answer; or the embedder fails, and there is
             a query to embed. Nothing was written, or all of it.
     """
-    listed = [placed(space, op) for op in ops]
+    listed = [_ranked(items, placed(space, op)) for op in ops]
     plan = await _prepare(items, backend, listed)
 
     async def body(session: Session) -> list[Result]:
@@ -128,7 +137,7 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
             await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})
             await _open_keys(items, session, session, plan.plain, plan.plain)
         results: list[Result] = [None] * len(listed)
-        runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
+        runs = itertools.groupby(enumerate(listed), key=lambda pair: _kind(pair[1]))
         for kind, run in runs:
             pairs = list(run)
             if kind is PutOp:
@@ -140,6 +149,10 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
         return results
 
     return _shown(space, await backend.durable.transact(body))
+
+
+def _kind(op: Op) -> type[Op]:
+    return SearchOp if isinstance(op, SearchOp) else type(op)
 
 
 def _shown(space: Space, results: list[Result]) -> list[Result]:
@@ -206,6 +219,10 @@ def _checked(op: Op) -> Op:
     if isinstance(op, PutOp):
         _check_put(op)
     return op
+
+
+def _ranked(items: Items, op: Op) -> Op:
+    return items.rankings.completed(op) if isinstance(op, SearchOp) else op
 
 
 def _check_put(op: PutOp) -> None:
@@ -458,7 +475,8 @@ async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
     for op in plan.ops:
         if isinstance(op, PutOp) and op.value is not None and op.index is not False:
             texts.update(dict.fromkeys(embedding.index.texts(op.value, op.index).values()))
-    queries = {op.query for op in plan.ops if isinstance(op, SearchOp) and op.query}
+    ranked = (op for op in plan.ops if isinstance(op, RankedSearchOp) and op.is_by_meaning)
+    queries = {op.query for op in ranked if op.query}
     plan.queries = await embed_queries(embedding, backend, sorted(queries))
     plan.embedded = await embed_documents(embedding, backend, texts)
 
@@ -480,6 +498,8 @@ async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) ->
     await session.execute(sql.PUT, columns(rows, *names))
     if items.index is not None:
         await _put_vectors(items.index, session, plan, kept)
+    if items.texts is not None:
+        await put_texts(items.texts, session, kept)
 
 
 async def _put_vectors(
@@ -590,17 +610,15 @@ def query_for(items: Items, session: Session, op: SearchOp, vector: str | None) 
     return search.prepare(op, items.index, vector)
 
 
-async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> list[SearchItem]:
-    index = items.index
+async def _search(
+    items: Items, session: Session, plan: _Plan, op: RankedSearchOp
+) -> list[SearchItem]:
     query = query_for(items, session, op, plan.queries.get(op.query or ""))
-    rows = await search.run(session, query)
+    rows = await ranking.run(session, query, op.options)
     rows = _not_shredded(items, await _opened(items, session, rows))
     if op.refresh_ttl:
         await _refresh(session, rows)
-    return [
-        SearchItem(**_decode(items, row), score=index.score(row[-1]) if index else None)
-        for row in rows
-    ]
+    return [SearchItem(**_decode(items, row), score=row[-1]) for row in rows]
 
 
 def _wanted_tokens(items: Items, op: SearchOp) -> dict[str, str]:

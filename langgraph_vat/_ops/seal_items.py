@@ -16,6 +16,7 @@ from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.items import Items, key_place, open_tokens, tokens
 from langgraph_vat._ops.keys import wrap_key
 from langgraph_vat._ops.seal_existing import check_window
+from langgraph_vat._ops.texts import forget_texts
 from langgraph_vat._records import Sealed
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
@@ -73,6 +74,7 @@ async def _seal(items: Items, session: Session, root: str) -> Sealed:
         await session.execute(sql.SEAL_ITEMS, columns(new, *names))
         size, values = len(rows), values + len(rows)
         place = rows[-1][:2] if rows else place
+    await forget_texts(session, root)
     await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
     return Sealed(1, values, 0)
 

@@ -23,7 +23,7 @@ from typing import Any, LiteralString, TypeAlias, cast
 import orjson
 from langchain_core.embeddings import Embeddings
 from langgraph.store.base import IndexConfig, SearchOp
-from langgraph.store.base.embed import ensure_embeddings, get_text_at_path, tokenize_path
+from langgraph.store.base.embed import ensure_embeddings
 from psycopg import sql as composing
 
 from langgraph_vat._durable import items as sql
@@ -31,6 +31,7 @@ from langgraph_vat._durable.blind import item_condition
 from langgraph_vat._durable.filters import to_sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
+from langgraph_vat._ops.fields import Fields
 from langgraph_vat._seal.blind_index import BLIND
 from langgraph_vat.errors import ConfigurationError, UnavailableError
 
@@ -65,7 +66,7 @@ class VectorIndex:
         if type(self.dims) is not int or self.dims < 1:
             raise ConfigurationError("index needs dims, the length of its vectors")
         self.embeddings = _embeddings(given.get("embed"))
-        self.fields = _fields(given.get("fields") or ["$"])
+        self.fields = Fields(given.get("fields"))
         self.distance = given.get("distance_type", "cosine")
         if self.distance not in _OPERATORS:
             raise ConfigurationError(f"distance_type must be one of {', '.join(_OPERATORS)}")
@@ -84,13 +85,7 @@ class VectorIndex:
 
     def texts(self, value: Mapping[str, Any], paths: Sequence[str] | None) -> dict[str, str]:
         """Return the texts of a value to embed, by the name of their field."""
-        fields = self.fields if paths is None else [_field(path) for path in paths]
-        found: dict[str, str] = {}
-        for path, tokens in fields:
-            texts = get_text_at_path(value, cast("Any", tokens))
-            names = [path] if len(texts) == 1 else [f"{path}.{i}" for i in range(len(texts))]
-            found.update(zip(names, texts, strict=True))
-        return found
+        return self.fields.texts(value, paths)
 
     def literals(self, vectors: Any, count: int) -> list[str]:
         """
@@ -148,12 +143,6 @@ def _options(ann: Mapping[str, Any]) -> str:
     return f" WITH ({options})" if options else ""
 
 
-def _fields(paths: Any) -> list[tuple[str, Any]]:
-    if not is_paths(paths):
-        raise ConfigurationError("fields must be a list of paths, such as ['text']")
-    return [_field(path) for path in paths]
-
-
 def _embeddings(embed: Any) -> Embeddings:
     """
     Return what embeds.
@@ -172,15 +161,6 @@ def _embeddings(embed: Any) -> Embeddings:
         raise ConfigurationError(
             f"the embedder that index names cannot be loaded: {error}"
         ) from error
-
-
-def is_paths(paths: Any) -> bool:
-    """Whether something is a list of paths. A string is not: its letters would be the paths."""
-    return isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths)
-
-
-def _field(path: str) -> tuple[str, Any]:
-    return path, "$" if path == "$" else tokenize_path(path)
 
 
 @dataclass(slots=True)
@@ -232,15 +212,24 @@ def prepare(
 
 async def run(session: Session, query: Query) -> list[Row]:
     """Return the rows of one page: an item's columns and its distance, if it has one."""
-    first, last = query.op.offset, query.op.offset + query.op.limit
-    if query.matching is not None:
-        return (await _until(session, query, last))[first:last]
-    if query.vector is not None and first == 0 < last and _has_index(query):
+    last = query.op.limit
+    is_first = query.op.offset == 0 < last and query.matching is None
+    if query.vector is not None and is_first and _has_index(query):
         page, is_all = await _compared(session, query, sql.ITEM, last, 0, few=_FEW)
         if not is_all:
             page = await _nearest(session, query, last)
         if page or is_all:
             return page
+    return await exact(session, query)
+
+
+async def exact(session: Session, query: Query) -> list[Row]:
+    """Return them without any index of vectors: what is on a page is on no other."""
+    first, last = query.op.offset, query.op.offset + query.op.limit
+    if query.matching is not None:
+        # What there is is asked once: no row shifts.
+        places = await _ordered(session, query, sql.PLACE, None, 0)
+        return (await opened(session, query, places, last))[first:last]
     return await _ordered(session, query, sql.ITEM, query.op.limit, first)
 
 
@@ -273,16 +262,15 @@ async def _compared(
     return [row[:-1] for row in rows if row[0] is not None], rows[0][-1] <= few
 
 
-async def _until(session: Session, query: Query, enough: int) -> list[Row]:
-    """Open candidates in order until `enough` match. What they are is asked once: no row shifts."""
+async def opened(session: Session, query: Query, places: Sequence[Row], enough: int) -> list[Row]:
+    """Open what is at these places in order until enough match: of each its last column, too."""
     assert query.matching is not None
     found: list[Row] = []
-    places = await _ordered(session, query, sql.PLACE, None, 0)
     for start in range(0, len(places), _PAGE):
-        distances = {(prefix, key): d for prefix, key, d in places[start : start + _PAGE]}
-        rows = await session.fetch(sql.GET, columns(list(distances), "prefixes", "keys"))
+        last = {(prefix, key): one for prefix, key, one in places[start : start + _PAGE]}
+        rows = await session.fetch(sql.GET, columns(list(last), "prefixes", "keys"))
         by_place = {(row[0], row[1]): row for row in rows}
-        ordered = [(*by_place[p], d) for p, d in distances.items() if p in by_place]
+        ordered = [(*by_place[p], one) for p, one in last.items() if p in by_place]
         found += await query.matching(ordered)
         if len(found) >= enough:
             break

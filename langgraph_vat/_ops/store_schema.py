@@ -9,7 +9,7 @@ from psycopg import sql as composing
 
 from langgraph_vat._durable import embedding as queue
 from langgraph_vat._durable import items as sql
-from langgraph_vat._durable import namespaces, schema
+from langgraph_vat._durable import lexical, namespaces, schema
 from langgraph_vat._durable.blind import item_indexes
 from langgraph_vat._io.protocols import Backend, Session
 from langgraph_vat._ops.schema import (
@@ -22,6 +22,7 @@ from langgraph_vat._ops.schema import (
     unusable,
 )
 from langgraph_vat._ops.search import VectorIndex
+from langgraph_vat._ops.texts import TextIndex
 from langgraph_vat.errors import ConfigurationError, SchemaError
 
 
@@ -79,7 +80,7 @@ async def secure(backend: Backend) -> None:
 
 async def _secured(backend: Backend) -> tuple[bool, list[str]]:
     """Return whether the store has row-level security, and which tables lack a part of it."""
-    params = {"tables": list(sql.VECTOR_TABLES)}
+    params = {"tables": [*sql.VECTOR_TABLES, lexical.TEXTS]}
     found = await backend.durable.fetch(namespaces.SECURED, params)
     is_on = any(has for name, has, _ in found if name == "store")
     return is_on, [name for name, _, is_whole in found if not is_whole]
@@ -89,11 +90,12 @@ def ddl(
     schema: str | None,
     index: VectorIndex | None,
     filterable: Collection[str],
+    texts: TextIndex | None,
     *,
     create_extension: bool,
     row_security: bool,
 ) -> str:
-    """Return what `setup_items` would run on a new or an older database, as a script."""
+    """Return what `setup` would run on a new or an older database as a script."""
     statements: list[composing.Composable] = [composing.SQL(statement) for statement in sql.SCHEMA]
     if index is not None:
         if create_extension:
@@ -101,7 +103,11 @@ def ddl(
         statements += sql.vector_schema(index.type, index.kind, index.opclass, index.options)
         statements += map(composing.SQL, queue.SCHEMA)
     statements += [statement for _, statement in item_indexes(filterable)]
-    for name in (sql.TABLES if index is None else sql.VECTOR_TABLES) if row_security else ():
+    tables = [*(sql.TABLES if index is None else sql.VECTOR_TABLES)]
+    if texts is not None:
+        statements += texts.schema()
+        tables.append(lexical.TEXTS)
+    for name in tables if row_security else ():
         statements += namespaces.row_security(name)
     return script(schema, statements)
 
