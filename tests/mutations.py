@@ -1353,7 +1353,7 @@ MUTATIONS = [
         "_ops/store_schema.py",
         'is_on = any(has for name, has, _ in found if name == "store")',
         "is_on = False",
-        "store/test_row_security.py::test_vectors_that_come_later_are_not_forgotten",
+        "store/test_row_security.py::test_tables_that_come_later_are_not_forgotten",
     ),
     Mutation(
         "of words the rare ones count more",
@@ -1393,8 +1393,8 @@ MUTATIONS = [
     Mutation(
         "reading older texts takes the place of no newer one",
         "_durable/lexical.py",
-        "WHERE t.updated_at = (\n",
-        "WHERE 'infinity' > (\n",
+        " FOR SHARE OF s\n)\nINSERT",
+        "\n)\nINSERT",
         "store/test_lexical.py::test_reading_older_texts_takes_the_place_of_no_newer_one",
     ),
     Mutation(
@@ -1403,6 +1403,48 @@ MUTATIONS = [
         "    await forget_texts(session, root)\n",
         "",
         "store/test_lexical.py::test_words_go_when_their_root_is_sealed",
+    ),
+    Mutation(
+        "what is sealed while its text is read gets no words",
+        "_durable/lexical.py",
+        " AND s.vat_type IS NOT DISTINCT FROM n.type\n",
+        "\n",
+        "store/test_lexical.py::test_what_is_sealed_meanwhile_gets_no_words",
+    ),
+    Mutation(
+        "a view has its own texts read, and no others",
+        "_ops/texts.py",
+        "namespaces.ranges(only)[1] if only else",
+        "namespaces.ranges(only)[1] if False else",
+        "store/test_lexical.py::test_a_view_reads_its_own_texts",
+    ),
+    Mutation(
+        "a view does not say that all items have their words",
+        "_ops/texts.py",
+        "    if not only:\n        await backend.durable.fetch(sql.COMPLETE)",
+        "    if True:\n        await backend.durable.fetch(sql.COMPLETE)",
+        "store/test_lexical.py::test_a_view_reads_its_own_texts",
+    ),
+    Mutation(
+        "who does not see all items does not say that they have their words",
+        "_durable/lexical.py",
+        'is_complete = true WHERE " + SEES_ALL',
+        'is_complete = true WHERE true OR " + SEES_ALL',
+        "store/test_row_security.py::test_who_does_not_see_all_items_says_of_none_that_they_have_words",
+    ),
+    Mutation(
+        "who does not see all items does not say that there are none",
+        "_durable/lexical.py",
+        'NOT EXISTS (SELECT FROM store) AND "\n    + SEES_ALL',
+        'NOT EXISTS (SELECT FROM store)"',
+        "store/test_row_security.py::test_who_does_not_see_all_items_says_of_none_that_they_have_words",
+    ),
+    Mutation(
+        "words are as secure as their items",
+        "_ops/store_schema.py",
+        '"tables": [*sql.VECTOR_TABLES, lexical.TEXTS]',
+        '"tables": [*sql.VECTOR_TABLES]',
+        "store/test_row_security.py::test_no_statement_sees_or_changes_what_is_not_the_tenants",
     ),
     Mutation(
         "no words are kept of what is sealed",

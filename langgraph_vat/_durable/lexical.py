@@ -47,8 +47,11 @@ SELECT cfgname::text FROM pg_ts_config WHERE pg_ts_config_is_visible(oid) ORDER 
 
 # By which configuration all processes read texts, and whether items from before have documents.
 RECORDED: LiteralString = "SELECT config, is_complete FROM vat_store_text_search"
-RECORD = "INSERT INTO vat_store_text_search (config) VALUES ({config}) ON CONFLICT DO NOTHING"
-# Nobody from whom policies hide items says that these have theirs.
+# Nobody from whom policies hide items says that there are none, or that these have theirs.
+RECORD: LiteralString = (
+    "INSERT INTO vat_store_text_search (config, is_complete)"
+    " SELECT {config}, NOT EXISTS (SELECT FROM store) AND " + SEES_ALL + " ON CONFLICT DO NOTHING"
+)
 COMPLETE: LiteralString = (
     "UPDATE vat_store_text_search SET is_complete = true WHERE " + SEES_ALL + " RETURNING is_one"
 )

@@ -26,6 +26,10 @@ from langgraph_vat.serde import codec_for
 _PAGE = 256
 # Of an item: some 16,000 words, which is as far as Postgres counts; a fifth of what it holds.
 _MOST_BYTES = 100_000
+_INCOMPLETE = (
+    "items from before text_search lack words: run setup(), under row-level security as a role"
+    " that sees all items"
+)
 
 
 class TextIndex:
@@ -104,7 +108,7 @@ async def check_texts(texts: TextIndex, backend: Backend) -> list[str]:
         return ["table vat_store_text_search has lost its row: run setup(), or what ddl() prints"]
     if problem := _other(texts, recorded[0][0]):
         return [problem]
-    return [] if recorded[0][1] else ["items from before text_search lack words: run setup()"]
+    return [] if recorded[0][1] else [_INCOMPLETE]
 
 
 async def _unknown(texts: TextIndex, backend: Backend) -> str:

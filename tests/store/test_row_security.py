@@ -8,6 +8,7 @@ is not kept out, and docs/operations.md says so.
 
 import psycopg
 import pytest
+from langgraph.store.base import PutOp
 
 from langgraph_vat import Keyring, SchemaError, SemanticStore
 from langgraph_vat._io.driver import drive
@@ -21,6 +22,7 @@ TABLES = {
     "store_vectors": "prefix",
     "vat_store_keys": "root",
     "vat_store_pending": "prefix",
+    "vat_store_texts": "prefix",
 }
 TENANTS = ("a", "b", "a.b", "%")
 KEYRING = Keyring.generate()
@@ -36,14 +38,20 @@ def opened(url: str, name: str, index=INDEX, **options) -> SemanticStore:
     )
 
 
+def with_words(url: str, name: str) -> SemanticStore:
+    """Return a store of the same tables that seals nothing."""
+    return SemanticStore.from_conn_string(as_role(url, name), index=INDEX, text_search="simple")
+
+
 def give_rights(url: str) -> None:
-    """As docs/operations.md says."""
+    """As docs/operations.md says; again, where tables were added."""
     with psycopg.connect(url, autocommit=True) as connection:
         for name in ("vat_worker", "vat_admin"):
             connection.execute(
                 f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {name}"
             )
         for table in TABLES:
+            connection.execute(f"DROP POLICY IF EXISTS admin ON {table}")
             connection.execute(f"CREATE POLICY admin ON {table} TO vat_admin USING (true)")
 
 
@@ -59,7 +67,9 @@ def secured(postgres_url):
     owner = opened(postgres_url, "vat_owner")
     owner.setup(row_security=True)
     owner.close()
-    give_rights(postgres_url)
+    for name in ("vat_owner", "vat_admin"):
+        with with_words(postgres_url, name):
+            give_rights(postgres_url)
     return postgres_url
 
 
@@ -74,6 +84,14 @@ def store(request, secured):
 def fill(view: SemanticStore, name: str) -> None:
     view.put(("x", "y"), "k", {"of": name, "text": f"secret {name}"})
     view.put(("x",), "k", {"of": name, "text": "more"}, ttl=60)
+    drive(view._connections.blocking().durable.fetch(ADD_TEXTS))
+
+
+# What is sealed has none.
+ADD_TEXTS = """
+INSERT INTO vat_store_texts (prefix, key, updated_at, document, words)
+SELECT prefix, key, updated_at, 'secret:1', 1 FROM store
+ON CONFLICT (prefix, key) DO UPDATE SET updated_at = excluded.updated_at RETURNING 1"""
 
 
 def everything(url: str) -> dict[str, set[tuple[str, str]]]:
@@ -113,6 +131,7 @@ READING = [
     "SELECT prefix FROM store UNION SELECT prefix FROM store_vectors",
     "SELECT prefix FROM store s JOIN store_vectors v USING (prefix, key) FOR UPDATE",
     "SELECT root FROM vat_store_keys WHERE root <> ''",
+    "SELECT prefix FROM vat_store_texts WHERE document @@ 'secret'",
 ]
 WRITING = [
     "DELETE FROM store WHERE prefix <> '' OR true RETURNING prefix",
@@ -121,6 +140,8 @@ WRITING = [
     "UPDATE store_vectors SET field_name = 'other' RETURNING prefix",
     "UPDATE vat_store_keys SET data_key = '' RETURNING root",
     "DELETE FROM vat_store_keys RETURNING root",
+    "UPDATE vat_store_texts SET words = 2 RETURNING prefix",
+    "DELETE FROM vat_store_texts RETURNING prefix",
 ]
 
 
@@ -152,6 +173,7 @@ STRANGE = [
         "INSERT INTO vat_store_keys (root, data_key) VALUES ('', 'x')"
         " ON CONFLICT (root) DO UPDATE SET data_key = 'x'"
     ),
+    "INSERT INTO vat_store_texts VALUES ('vat-tenant:b.x', 'new', now(), '', 0)",
     "UPDATE store SET prefix = 'vat-tenant:b.z' WHERE prefix = 'vat-tenant:a.x'",
     "UPDATE vat_store_keys SET root = 'vat-tenant:c'",
 ]
@@ -203,6 +225,42 @@ def test_a_role_that_may_uses_the_store_itself(secured):
         assert store.sweep_ttl() == 1
 
 
+@pytest.mark.parametrize("role", ["vat_worker", "vat_owner"])
+def test_a_view_finds_its_own_by_words(secured, role):
+    with with_words(secured, role) as store:
+        for name in TENANTS:
+            view = store.scoped(name)
+            view.batch([PutOp(("x",), f"{i}", {"text": f"secret {name}"}) for i in range(3)])
+        for name in TENANTS:
+            for ranking in ("lexical", "hybrid"):
+                found = store.scoped(name).search((), query="secret", ranking=ranking)
+                assert [item.value["text"] for item in found] == [f"secret {name}"] * 3
+        with psycopg.connect(secured, autocommit=True) as connection:
+            connection.execute("UPDATE vat_store_texts SET updated_at = 'epoch'")
+        assert [store.index_texts(), store.scoped("a").index_texts()] == [0, 3]
+    with with_words(secured, "vat_admin") as store:
+        assert store.index_texts() == 9
+
+
+@pytest.mark.parametrize("role", ["vat_admin", "postgres"])
+def test_who_does_not_see_all_items_says_of_none_that_they_have_words(secured, role):
+    plain = SemanticStore.from_conn_string(as_role(secured, "vat_admin"), index=INDEX)
+    plain.scoped("a").put(("x",), "k", {"text": "before"})
+    plain.close()
+    with psycopg.connect(secured, autocommit=True) as connection:
+        connection.execute("DROP TABLE vat_store_texts, vat_store_text_search")
+    with with_words(secured, "vat_owner"):
+        give_rights(secured)
+    with with_words(secured, "vat_worker") as store:
+        assert ["words" in line for line in store.check()] == [True]
+        store.scoped("a").index_texts()
+        assert ["words" in line for line in store.check()] == [True]
+        with with_words(secured, role):
+            assert store.check() == []
+        (found,) = store.scoped("a").search((), query="before", ranking="lexical")
+        assert found.score > 0
+
+
 def test_setup_does_not_weaken_it_and_mends_it(secured):
     with opened(secured, "vat_worker") as store:
         assert store.check() == []
@@ -216,16 +274,18 @@ def test_setup_does_not_weaken_it_and_mends_it(secured):
         assert owner.check() == []
 
 
-def test_vectors_that_come_later_are_not_forgotten(postgres_url):
+def test_tables_that_come_later_are_not_forgotten(postgres_url):
     with opened(postgres_url, "postgres", index=None) as store:
         store.setup(row_security=True)
     with opened(postgres_url, "postgres") as store:
+        assert store.check() == []
+    with with_words(postgres_url, "postgres") as store:
         assert store.check() == []
     assert security_of(postgres_url) == dict.fromkeys(TABLES, (True, True))
 
 
 def test_without_it_nothing_changes(postgres_url):
-    with opened(postgres_url, "postgres"):
+    with opened(postgres_url, "postgres"), with_words(postgres_url, "postgres"):
         pass
     assert security_of(postgres_url) == dict.fromkeys(TABLES, (False, False))
 
@@ -242,7 +302,7 @@ def security_of(url: str) -> dict[str, tuple[bool, bool]]:
 
 @pytest.mark.parametrize("schema", [None, "apart"])
 def test_a_script_makes_it_too(postgres_url, schema):
-    options = {"schema": schema, "index": INDEX}
+    options = {"schema": schema, "index": INDEX, "text_search": "simple"}
     store = SemanticStore.from_conn_string(postgres_url, **options)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         for _ in range(2):  # it may be run again
