@@ -19,7 +19,7 @@ from langgraph_vat._durable import namespaces, schema
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.fields import Fields
-from langgraph_vat._ops.schema import damages, migrate
+from langgraph_vat._ops.schema import damages, migrate, unusable
 from langgraph_vat.errors import ConfigurationError, VatError
 from langgraph_vat.serde import codec_for
 
@@ -101,7 +101,8 @@ async def check_texts(texts: TextIndex, backend: Backend) -> list[str]:
     """Return what keeps items from being found by words."""
     if problem := await _unknown(texts, backend):
         return [problem]
-    if found := await damages(backend.durable, sql.TABLES):
+    found = await damages(backend.durable, sql.TABLES)
+    if found := found + await unusable(backend, [sql.TEXTS]):
         return found
     recorded = await backend.durable.fetch(sql.RECORDED)
     if not recorded:

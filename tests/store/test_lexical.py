@@ -417,6 +417,12 @@ def test_ddl_is_enough_for_a_role_that_may_not_create(postgres_url):
         connection.execute(
             "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA own TO few_rights"
         )
+        connection.execute("REVOKE DELETE ON own.vat_store_texts FROM few_rights")
+        assert ["DELETE on table vat_store_texts" in line for line in store.check()] == [True]
+        connection.execute("GRANT DELETE ON own.vat_store_texts TO few_rights")
+        connection.execute(
+            "REVOKE INSERT, UPDATE, DELETE ON own.vat_store_text_search FROM few_rights"
+        )
     store.setup()
     assert store.check() == []
     store.put(("u",), "k", {"t": "ants"})
