@@ -1435,7 +1435,7 @@ MUTATIONS = [
     Mutation(
         "who does not see all items does not say that there are none",
         "_durable/lexical.py",
-        'NOT EXISTS (SELECT FROM store) AND "\n    + SEES_ALL',
+        'NOT EXISTS (SELECT FROM store) AND " + SEES_ALL',
         'NOT EXISTS (SELECT FROM store)"',
         "store/test_row_security.py::test_who_does_not_see_all_items_says_of_none_that_they_have_words",
     ),
@@ -1459,6 +1459,13 @@ MUTATIONS = [
         "    if config == texts.config:\n",
         "    if True:\n",
         "store/test_lexical.py::test_another_language_is_refused_and_the_way_to_it_works",
+    ),
+    Mutation(
+        "who searches by words alone does not wait for the embedder",
+        "_ops/items.py",
+        "isinstance(op, RankedSearchOp) and op.is_by_meaning",
+        "isinstance(op, RankedSearchOp)",
+        "store/test_lexical.py::test_the_embedder_is_not_asked_for_words",
     ),
     Mutation(
         "pages of a fused order are complete",
