@@ -1054,6 +1054,15 @@ MUTATIONS = [
         "test_plaintext.py::test_an_item_put_in_the_clear_a_moment_before_is_not_left_behind",
     ),
     Mutation(
+        "a read goes by one state of a root's key",
+        "_ops/items.py",
+        "    prefix, key, value, type_, exact, created_at, updated_at = row[:7]\n",
+        "    prefix, key, value, type_, exact, created_at, updated_at = row[:7]\n"
+        "    keys = _known(items, [_root(prefix)])\n",
+        "test_plaintext.py::test_a_read_goes_by_one_state_of_its_root_though_another_learns_of_its_"
+        "sealing",
+    ),
+    Mutation(
         "what LangGraph encrypted is believed only if it was not changed",
         "_seal/legacy.py",
         "cipher.decrypt_and_verify(ciphertext, tag)",

@@ -31,6 +31,7 @@ from langgraph_vat import (
 )
 from langgraph_vat import settings as settings_module
 from langgraph_vat._io.driver import drive
+from langgraph_vat._ops import items as item_ops
 from langgraph_vat._ops import seal_existing as sealing
 from langgraph_vat._ops import seal_items
 from langgraph_vat._ops.shared import NO_SERDE
@@ -746,6 +747,26 @@ def test_items_are_put_and_read_while_their_root_is_sealed(store, postgres_url):
             one.result()
     assert kept(postgres_url, "a") == {True}
     assert len(store(window=False).search(("a",), limit=1000)) == 540
+
+
+@pytest.mark.parametrize("ask", ["get", "search"])
+def test_a_read_goes_by_one_state_of_its_root_though_another_learns_of_its_sealing(
+    store, monkeypatch, ask
+):
+    plain = store(sealed=False)
+    for key in "xy":
+        plain.put(("a",), key, {"text": MARKER}, ttl=100)
+    reader, sealer, refresh = store(), store(), item_ops._refresh
+
+    async def meanwhile(*args: Any) -> None:
+        if sealer.seal_existing().keys:  # the first time
+            assert reader.get(("a",), "y", refresh_ttl=False) is not None
+        await refresh(*args)
+
+    monkeypatch.setattr(item_ops, "_refresh", meanwhile)
+    for _ in range(2):
+        found = reader.search(("a",))[0] if ask == "search" else reader.get(("a",), "x")
+        assert found.value == {"text": MARKER}
 
 
 def test_a_store_killed_anywhere_is_readable(store, postgres_url):

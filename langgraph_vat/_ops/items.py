@@ -14,7 +14,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -72,6 +72,18 @@ _ITEM_COLUMNS = 8
 _HIDDEN = {"__vat__": "exact"}
 
 
+class RootKey(NamedTuple):
+    """The data key of a root, as it is stored and as it is used: empty, and None, if shredded."""
+
+    wrapped: bytes
+    data_key: DataKey | None
+
+
+# Those of some roots, as one operation goes by them from beginning to end: meanwhile another
+# one may learn of a key that the rows of this one are from before.
+_Keys: TypeAlias = Mapping[str, RootKey]
+
+
 @dataclass(slots=True)
 class Items:
     """What all operations of one store share in a process."""
@@ -84,8 +96,8 @@ class Items:
     settings: Settings = field(default_factory=Settings)
     embedding: Embedding | None = None
     """What embeds for the index, if there is one."""
-    data_keys: dict[str, DataKey | None] = field(default_factory=dict)
-    """Of roots; None of one that was shredded."""
+    data_keys: dict[str, RootKey] = field(default_factory=dict)
+    """Of roots that have one."""
     opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
     """When each of them was asked for, the latest last."""
     opened: OpenedKeys = field(default_factory=OpenedKeys)
@@ -106,8 +118,15 @@ class _Plan:
     embedded: Embedded
     """Texts of documents."""
     queries: dict[str, str]
-    plain: list[str]
-    """Roots that have items in the clear, and no data key."""
+    roots: list[str]
+    """Those that something is put into, where it may have to be sealed."""
+    keys: _Keys
+    """Their data keys; none of those that have items in the clear."""
+
+    @property
+    def plain(self) -> list[str]:
+        """Roots that something is put into in the clear."""
+        return [root for root in self.roots if root not in self.keys]
 
 
 async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op]) -> list[Result]:
@@ -127,6 +146,7 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
         if plan.plain:
             await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})
             await _open_keys(items, session, session, plan.plain, plan.plain)
+            plan.keys = _known(items, plan.roots)
         results: list[Result] = [None] * len(listed)
         runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
         for kind, run in runs:
@@ -293,13 +313,14 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 
 
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
-    plan = _Plan(ops, Embedded(), {}, [])
+    plan = _Plan(ops, Embedded(), {}, [], {})
     if items.embedding is not None:
         await _embed(items.embedding, backend, plan)
     if items.keyring is not None:
         await open_tokens(items, backend)
         kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
-        plan.plain = await _add_keys(items, backend, {op.namespace[0] for op in kept})
+        plan.roots = sorted({op.namespace[0] for op in kept})
+        plan.keys = await _add_keys(items, backend, set(plan.roots))
     return plan
 
 
@@ -324,25 +345,26 @@ def key_place(root: str) -> bytes:
     return associated_data("data key", "store", root)
 
 
-async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> list[str]:
+async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> _Keys:
     """
-    Have the data keys of roots to write to.
+    Return the data keys of roots to write to.
 
     They are asked for each time: another process may have destroyed one a moment ago, and
-    what that key sealed is lost.
-
-    Returns:
-        Those that have none, because they have items in the clear, and may.
+    what that key sealed is lost. Some have none, because they have items in the clear, and may.
 
     Raises:
         SealError: They have such items, and may not.
     """
     await _open_keys(items, backend.durable, backend, roots, roots)
-    missing = sorted(root for root in roots if items.data_keys.get(root) is None)
+    keys = _known(items, roots)
+    missing = sorted(root for root in roots if root not in keys or keys[root].data_key is None)
     found = await backend.durable.fetch(sql.PLAIN_ROOTS, {"roots": missing}) if missing else ()
     plain = {root for (root,) in found}
     for root in missing:
-        if root not in plain and not await _add_key(items, backend, root):
+        added = None if root in plain else await _add_key(items, backend, root)
+        if added is not None:
+            keys[root] = added
+        else:
             plain.add(root)
     if plain and not items.may_be_plain:
         raise SealError(
@@ -350,15 +372,15 @@ async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> list[str
             " store has a keyring, so nothing is written beside them; nothing was changed. Set"
             " accept_plaintext= and have seal_existing() seal them, or delete them."
         )
-    return sorted(plain)
+    return keys
 
 
-async def _add_key(items: Items, backend: Backend, root: str) -> bool:
+async def _add_key(items: Items, backend: Backend, root: str) -> RootKey | None:
     """
     Give a root a data key, committed before it is used.
 
     Returns:
-        Whether it has one: not if somebody put an item there in the clear just now.
+        The one that it has; none if somebody put an item there in the clear just now.
     """
     assert items.keyring is not None
     data_key = DataKey.generate(items.keyring.cipher)
@@ -371,43 +393,50 @@ async def _add_key(items: Items, backend: Backend, root: str) -> bool:
         return await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
 
     found = await backend.durable.transact(body)
-    if found:
-        await _remember(items, backend, root, found[0][0])
-    return bool(found)
+    return await _remember(items, backend, root, found[0][0]) if found else None
 
 
-async def _opened(items: Items, session: Session, rows: Sequence[Row]) -> list[Row]:
+async def _opened(items: Items, session: Session, rows: Sequence[Row]) -> tuple[list[Row], _Keys]:
     """
-    Return items whose data keys are open, as far as they have any.
+    Return items, and the data keys of their roots as far as they have any.
 
     Those that were read in the clear, just before their root was sealed, are read again.
     """
-    await _open_rows(items, session, rows)
-    torn = [row[:2] for row in rows if _is_torn(items, row)]
+    keys = await _open_rows(items, session, rows)
+    torn = [row[:2] for row in rows if _is_torn(keys, row)]
     if not torn:
-        return list(rows)
+        return list(rows), keys
     found = await session.fetch(sql.GET, columns(torn, "prefixes", "keys"))
     again = {(row[0], row[1]): row for row in found}
-    await _open_rows(items, session, found)
-    return [
+    latest = [
         (*again[row[:2]], *row[_ITEM_COLUMNS:]) if row[:2] in again else row
         for row in rows
-        if row[:2] in again or not _is_torn(items, row)
+        if row[:2] in again or not _is_torn(keys, row)
     ]
+    return latest, {**keys, **await _open_rows(items, session, found)}
 
 
-def _is_torn(items: Items, row: Row) -> bool:
-    return items.data_keys.get(_root(row[0])) is not None and not is_sealed(row[3] or "")
+def _is_torn(keys: _Keys, row: Row) -> bool:
+    known = keys.get(_root(row[0]))
+    return known is not None and known.data_key is not None and not is_sealed(row[3] or "")
 
 
-async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> None:
+async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> _Keys:
     """Open the data keys of items; once more of those that were sealed by one not known yet."""
-    other = set()
+    roots = {_root(row[0]) for row in rows}
+    keys, other = _known(items, roots), set()
     for prefix, _, _, type_, exact, *_ in rows:
-        known = items.data_keys.get(_root(prefix))
-        if type_ is not None and known is not None and not known.can_open(exact):
+        known = keys.get(_root(prefix))
+        data_key = known.data_key if known is not None else None
+        if type_ is not None and data_key is not None and not data_key.can_open(exact):
             other.add(_root(prefix))
-    await _open_keys(items, session, session, (_root(row[0]) for row in rows), other)
+    await _open_keys(items, session, session, roots, other)
+    return _known(items, roots)
+
+
+def _known(items: Items, roots: Iterable[str]) -> dict[str, RootKey]:
+    found = {root: items.data_keys.get(root) for root in roots}
+    return {root: known for root, known in found.items() if known is not None}
 
 
 async def _open_keys(
@@ -437,13 +466,13 @@ async def _open_keys(
         await _remember(items, runner, root, wrapped)
 
 
-async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> None:
+async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> RootKey:
     assert items.keyring is not None
     key = None
     if wrapped != SHREDDED:
         place = key_place(root)
         key = await unwrap_key(runner, items.keyring, items.opened, wrapped, place)
-    items.data_keys[root] = key
+    known = items.data_keys[root] = RootKey(wrapped, key)
     items.opened_at[root] = now()
     items.opened_at.move_to_end(root)
     while len(items.opened_at) > _MOST_KEYS:
@@ -451,6 +480,7 @@ async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> 
         if asked_at > now() - _IN_USE_S:
             break
         del items.data_keys[oldest], items.opened_at[oldest]
+    return known
 
 
 async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
@@ -475,7 +505,7 @@ async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) ->
         await session.execute(sql.DELETE, columns(gone, "prefixes", "keys"))
     if not kept:
         return
-    rows = [(*place, *_encode(items, place, op), op.ttl) for place, op in kept.items()]
+    rows = [(*place, *_encode(items, plan.keys, place, op), op.ttl) for place, op in kept.items()]
     names = ("prefixes", "keys", "values", "types", "exacts", "ttls")
     await session.execute(sql.PUT, columns(rows, *names))
     if items.index is not None:
@@ -515,40 +545,42 @@ async def replace_vectors(
 
 
 def _encode(
-    items: Items, place: tuple[str, str], op: PutOp
+    items: Items, keys: _Keys, place: tuple[str, str], op: PutOp
 ) -> tuple[str, str | None, bytes | None]:
     """Return the readable value, and type and bytes of the exact one if they differ."""
     value = dict(op.value or {})
     root = _root(place[0])
-    if not _is_clear(items, root):
+    if not _is_clear(items, keys, root):
         shown = tokens(items, root, value)
     elif is_plain(value):
         return orjson.dumps(value).decode(), None, None
     else:
         shown = {k: v if is_plain(v) else _HIDDEN for k, v in value.items() if is_plain(k)}
         shown = {k: v for k, v in shown.items() if isinstance(k, str)}
-    type_, exact = _codec(items, place[0]).dump(value, *place)
+    type_, exact = _codec(items, keys, place[0]).dump(value, *place)
     return orjson.dumps(shown).decode(), type_, exact
 
 
-def _is_clear(items: Items, root: str) -> bool:
+def _is_clear(items: Items, keys: _Keys, root: str) -> bool:
     """Whether what a root has is in the clear, and may be."""
-    return root not in items.data_keys and items.may_be_plain
+    return root not in keys and items.may_be_plain
 
 
-def _codec(items: Items, prefix: str) -> Codec:
+def _codec(items: Items, keys: _Keys, prefix: str) -> Codec:
     root = _root(prefix)
-    if root not in items.data_keys and not items.may_be_plain:
+    if _is_clear(items, keys, root):
+        return codec_for(items.serde, None)
+    if root not in keys:
         raise SealError(
             "an item that must be sealed is not: its namespace has no key. It was not used. Write"
             " it again through this store, or read it with an unsealed one."
         )
-    if root in items.data_keys and items.data_keys[root] is None:
+    if keys[root].data_key is None:
         raise ShreddedError(
             f"namespaces that begin with {root!r} were shredded: their data key is destroyed and"
             " nobody can read what they hold. Delete the items, and it can be used again."
         )
-    return codec_for(items.serde, items.data_keys.get(root), "item", root)
+    return codec_for(items.serde, keys[root].data_key, "item", root)
 
 
 def _root(prefix: str) -> str:
@@ -571,19 +603,19 @@ async def _read(
 async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
     places = [(".".join(op.namespace), op.key) for op in ops]
     rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
-    rows = await _opened(items, session, rows)
+    rows, keys = await _opened(items, session, rows)
     found = {(row[0], row[1]): row for row in rows}
     wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
     await _refresh(session, [found[place] for place in wanted if place in found])
-    return [Item(**_decode(items, found[p])) if p in found else None for p in places]
+    return [Item(**_decode(items, keys, found[p])) if p in found else None for p in places]
 
 
 def query_for(items: Items, session: Session, op: SearchOp, vector: str | None) -> search.Query:
     """Plan a search, by meaning if there is a vector, of values that may have to be opened."""
 
     async def matching(rows: list[Row]) -> list[Row]:
-        shown = _not_shredded(items, await _opened(items, session, rows))
-        return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
+        shown, keys = _not_shredded(*await _opened(items, session, rows))
+        return [row for row in shown if matches(_decode(items, keys, row)["value"], op.filter)]
 
     if items.keyring is not None or not is_plain(op.filter or {}):
         return search.prepare(op, items.index, vector, matching, _wanted_tokens(items, op))
@@ -594,11 +626,11 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
     index = items.index
     query = query_for(items, session, op, plan.queries.get(op.query or ""))
     rows = await search.run(session, query)
-    rows = _not_shredded(items, await _opened(items, session, rows))
+    rows, keys = _not_shredded(*await _opened(items, session, rows))
     if op.refresh_ttl:
         await _refresh(session, rows)
     return [
-        SearchItem(**_decode(items, row), score=index.score(row[-1]) if index else None)
+        SearchItem(**_decode(items, keys, row), score=index.score(row[-1]) if index else None)
         for row in rows
     ]
 
@@ -618,9 +650,10 @@ def _equal_to(condition: Any) -> Any:
     return condition.get("$eq") if isinstance(condition, Mapping) else condition
 
 
-def _not_shredded(items: Items, rows: list[Row]) -> list[Row]:
-    """Return the items that can be read: a search is about what there is to find."""
-    return [row for row in rows if items.data_keys.get(_root(row[0]), "") is not None]
+def _not_shredded(rows: list[Row], keys: _Keys) -> tuple[list[Row], _Keys]:
+    """Leave out the items that nobody can read: a search is about what there is to find."""
+    gone = {root for root, known in keys.items() if known.data_key is None}
+    return [row for row in rows if _root(row[0]) not in gone], keys
 
 
 async def _refresh(session: Session, rows: Sequence[Row]) -> None:
@@ -629,19 +662,19 @@ async def _refresh(session: Session, rows: Sequence[Row]) -> None:
         await session.execute(sql.REFRESH, columns(expiring, "prefixes", "keys"))
 
 
-def _decode(items: Items, row: Row) -> dict[str, Any]:
+def _decode(items: Items, keys: _Keys, row: Row) -> dict[str, Any]:
     try:
-        return _decoded(items, row)
+        return _decoded(items, keys, row)
     except VatError as error:
         error.add_note(f"This is of item {row[1]!r} of namespace {row[0]!r}.")
         raise
 
 
-def _decoded(items: Items, row: Row) -> dict[str, Any]:
+def _decoded(items: Items, keys: _Keys, row: Row) -> dict[str, Any]:
     prefix, key, value, type_, exact, created_at, updated_at = row[:7]
     if type_ is not None:
-        value = _codec(items, prefix).load(type_, exact, prefix, key)
-    elif not _is_clear(items, _root(prefix)):
+        value = _codec(items, keys, prefix).load(type_, exact, prefix, key)
+    elif not _is_clear(items, keys, _root(prefix)):
         raise SealError(
             f"item {key!r} of {prefix!r} must be sealed and is not. It was not used. Set"
             " accept_plaintext= and have seal_existing() seal it, write it again through this"
@@ -658,8 +691,8 @@ def _decoded(items: Items, row: Row) -> dict[str, Any]:
 
 async def value_in(items: Items, session: Session, row: Row) -> Any:
     """Return the value of an item as `sql.GET` selected it; None if it is gone meanwhile."""
-    rows = await _opened(items, session, [row])
-    return _decode(items, rows[0])["value"] if rows else None
+    rows, keys = await _opened(items, session, [row])
+    return _decode(items, keys, rows[0])["value"] if rows else None
 
 
 async def _list_namespaces(
