@@ -1063,6 +1063,13 @@ MUTATIONS = [
         "sealing",
     ),
     Mutation(
+        "a root's key that is not there any more is not used",
+        "_ops/items.py",
+        "        _forget(items, root)\n",
+        "        pass\n",
+        "test_reseal.py::test_a_key_that_is_not_there_any_more_is_not_used_by_who_remembers_it",
+    ),
+    Mutation(
         "what LangGraph encrypted is believed only if it was not changed",
         "_seal/legacy.py",
         "cipher.decrypt_and_verify(ciphertext, tag)",

@@ -455,6 +455,21 @@ def test_a_root_of_a_store_is_shredded(postgres_url, monkeypatch):
         assert other.get(("ann",), "k").value == {"v": 4}
 
 
+def test_a_key_that_is_not_there_any_more_is_not_used_by_who_remembers_it(postgres_url):
+    with (
+        SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as one,
+        SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as other,
+    ):
+        one.put(("ann",), "k", {"v": 1})
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute("DELETE FROM vat_store_keys")
+        with pytest.raises(SealError, match="taken away"):
+            one.put(("ann",), "l", {"v": 2})
+        one.delete(("ann",), "k")
+        one.put(("ann",), "l", {"v": 3})
+        assert other.get(("ann",), "l").value == {"v": 3}
+
+
 def test_a_store_remembers_the_keys_of_roots_that_it_used_of_late(postgres_url, monkeypatch):
     monkeypatch.setattr(item_ops, "_MOST_KEYS", 3)
     with SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as store:

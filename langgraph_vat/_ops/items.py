@@ -368,9 +368,10 @@ async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> _Keys:
             plain.add(root)
     if plain and not items.may_be_plain:
         raise SealError(
-            f"items under the first label {min(plain)!r} were written without encryption and this"
-            " store has a keyring, so nothing is written beside them; nothing was changed. Set"
-            " accept_plaintext= and have seal_existing() seal them, or delete them."
+            f"items under the first label {min(plain)!r} were written without encryption, or their"
+            " data key was taken away, and this store has a keyring, so nothing is written beside"
+            " them; nothing was changed. Set accept_plaintext= and have seal_existing() seal them,"
+            " or delete them."
         )
     return keys
 
@@ -462,7 +463,10 @@ async def _open_keys(
     wanted = {root for root in roots if items.opened_at.get(root, since) <= since} | {*other}
     if items.keyring is None or not wanted:
         return
-    for root, wrapped in await source.fetch(sql.FIND_KEYS, {"roots": sorted(wanted)}):
+    rows = await source.fetch(sql.FIND_KEYS, {"roots": sorted(wanted)})
+    for root in wanted - {row[0] for row in rows}:  # what it seals nobody else could open
+        _forget(items, root)
+    for root, wrapped in rows:
         await _remember(items, runner, root, wrapped)
 
 
@@ -479,8 +483,13 @@ async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> 
         oldest, asked_at = next(iter(items.opened_at.items()))
         if asked_at > now() - _IN_USE_S:
             break
-        del items.data_keys[oldest], items.opened_at[oldest]
+        _forget(items, oldest)
     return known
+
+
+def _forget(items: Items, root: str) -> None:
+    items.data_keys.pop(root, None)
+    items.opened_at.pop(root, None)
 
 
 async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
