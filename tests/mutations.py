@@ -1042,9 +1042,30 @@ MUTATIONS = [
     Mutation(
         "an item is not put in the clear beside the sealing of its root",
         "_ops/items.py",
-        '            await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})\n',
+        '            await session.execute(sql.GUARD_ROOTS, {"roots": plan.roots})\n',
         "            pass\n",
-        "test_plaintext.py::test_items_are_put_and_read_while_their_root_is_sealed",
+        "test_plaintext.py::test_what_is_put_while_its_root_is_sealed_is_not_in_the_clear",
+    ),
+    Mutation(
+        "a store without a keyring puts nothing where items are sealed",
+        "_durable/items.py",
+        "    WHERE k.data_key IS DISTINCT FROM r.data_key\n",
+        "    WHERE k.data_key <> r.data_key\n",
+        "test_plaintext.py::test_a_store_without_a_keyring_puts_nothing_where_items_are_sealed",
+    ),
+    Mutation(
+        "a root is shredded after what was being put there",
+        "_ops/reseal_items.py",
+        '        await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})  #',
+        "        #",
+        "test_reseal.py::test_a_root_is_not_shredded_while_something_is_put_there",
+    ),
+    Mutation(
+        "nothing is put by a key that another process destroys",
+        "_durable/items.py",
+        "    WHERE k.data_key IS DISTINCT FROM r.data_key\n",
+        "    WHERE (k.data_key IS NULL) <> (r.data_key IS NULL)\n",
+        "test_reseal.py::test_nothing_is_put_by_a_key_that_was_destroyed_a_moment_ago",
     ),
     Mutation(
         "a root that has items in the clear gets no key beside them",

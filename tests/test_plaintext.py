@@ -15,6 +15,7 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer as LangGraphEncrypted
+from langgraph.store.base import PutOp
 
 from langgraph_vat import (
     ConfigurationError,
@@ -38,6 +39,7 @@ from langgraph_vat._ops.shared import NO_SERDE
 from langgraph_vat._seal.data_key import SUFFIXES
 from langgraph_vat.migrate import copy_checkpoints
 from tests.fix_processes import kill
+from tests.fix_servers import waiting
 from tests.test_forgery import FORGERIES, forge
 from tests.test_protocol import Death, Faulty
 
@@ -692,6 +694,42 @@ def test_an_item_put_in_the_clear_a_moment_before_is_not_left_behind(store, post
     assert kept(postgres_url, "a") == {False}
     assert store().seal_existing() == (1, 2, 0)
     assert len(store(window=False).search(("a",))) == 2
+
+
+def test_a_store_without_a_keyring_puts_nothing_where_items_are_sealed(store, postgres_url):
+    plain, both = store(sealed=False), store()
+    plain.put(("a", "b"), "k", {"text": MARKER})
+    both.put(("new",), "k", {"text": MARKER})
+    both.seal_existing()
+    for place in (("a", "b"), "k"), (("a",), "k2"), (("new",), "k"):
+        with pytest.raises(SealError, match="no keyring"):
+            plain.put(*place, {"text": MARKER})
+    with pytest.raises(SealError, match="no keyring"):
+        plain.batch([PutOp(("other",), "k", {"text": MARKER}), PutOp(("a",), "k", {"n": 1})])
+    assert kept(postgres_url, "a") == kept(postgres_url, "new") == {True}
+    assert kept(postgres_url, "other") == set()
+    plain.put(("other",), "k", {"text": MARKER})
+    plain.delete(("a", "b"), "k")
+    assert [one.key for one in store(window=False).search(("a",))] == []
+
+
+@pytest.mark.parametrize("keyring", [None, KEYRING], ids=["plain", "sealed"])
+def test_what_is_put_while_its_root_is_sealed_is_not_in_the_clear(store, postgres_url, keyring):
+    store(sealed=False).put(("a",), "first", {"text": MARKER})
+    putter = store(sealed=keyring is not None)
+    runs: list[Any] = []
+
+    def meanwhile() -> None:
+        runs.append(pool.submit(putter.put, ("a",), "second", {"text": MARKER}))
+        while not (runs[0].done() or waiting(postgres_url)):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        assert store(keyring=Meddling(meanwhile)).seal_existing() == (1, 1, 0)
+        error = runs[0].exception()
+    assert (error is None) == (keyring is not None)
+    assert isinstance(error, SealError | None)
+    assert kept(postgres_url, "a") == {True}
 
 
 def test_items_are_sealed_with_their_tokens(store, postgres_url):

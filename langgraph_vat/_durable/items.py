@@ -128,16 +128,24 @@ RETURNING data_key
 """
 )
 
-# What begins so: whether a root has a data key is decided alone, and holds for all who
-# write in the clear until they commit.
-_GUARD: LiteralString = "hashtext('langgraph_vat plain root'), hashtext(root)"
+# What begins so: whether a root has a data key is decided alone, and holds for all who put
+# something there until they commit. As many locks as a batch can hold whatever it puts: some
+# roots share one.
+_GUARD: LiteralString = "hashtext(root) & 1023"
+_GUARDS: LiteralString = "hashtext('langgraph_vat root')"
 GUARD_ROOTS: LiteralString = (
     "SELECT pg_advisory_xact_lock_shared("
+    + _GUARDS
+    + ", r.guard) FROM (SELECT DISTINCT "
     + _GUARD
-    + ") FROM (SELECT unnest(%(roots)s::text[]) AS root ORDER BY 1) AS r"
+    + " AS guard FROM unnest(%(roots)s::text[]) AS n (root) ORDER BY 1) AS r"
 )
 GUARD_ROOT_ALONE: LiteralString = (
-    "SELECT pg_advisory_xact_lock(" + _GUARD + ") FROM (VALUES (%(root)s::text)) AS r (root)"
+    "SELECT pg_advisory_xact_lock("
+    + _GUARDS
+    + ", "
+    + _GUARD
+    + ") FROM (VALUES (%(root)s::text)) AS n (root)"
 )
 
 # Of these roots those that have items, and no data key. Two ranges, as in `namespaces`: each is
@@ -278,13 +286,19 @@ WHERE s.prefix = n.prefix AND s.key = n.key
 AND coalesce(s.vat_ttl, s.ttl_minutes) IS NOT NULL
 """
 
-# An item put over an expired one is new.
+# An item put over an expired one is new. Nothing is put, and it fails, unless the roots have these
+# very data keys, or none: nobody waits for its rows, so an error is all that is heard of it.
 PUT: LiteralString = """
 INSERT INTO store AS s (prefix, key, value, vat_type, vat_value, vat_ttl, ttl_minutes, expires_at)
 SELECT prefix, key, value::jsonb, type, exact, ttl, ceil(ttl), now() + ttl * interval '1 minute'
 FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(values)s::text[], %(types)s::text[],
             %(exacts)s::bytea[], %(ttls)s::float8[])
     AS n (prefix, key, value, type, exact, ttl)
+WHERE ln((NOT EXISTS (
+    SELECT FROM unnest(%(roots)s::text[], %(data_keys)s::bytea[]) AS r (root, data_key)
+    LEFT JOIN vat_store_keys k ON k.root = r.root
+    WHERE k.data_key IS DISTINCT FROM r.data_key
+))::int) = 0
 ON CONFLICT (prefix, key) DO UPDATE
 SET value = excluded.value, vat_type = excluded.vat_type, vat_value = excluded.vat_value,
     vat_ttl = excluded.vat_ttl, ttl_minutes = excluded.ttl_minutes,

@@ -4,15 +4,18 @@ The store's operations, a batch at a time.
 1. Everything that can be refused is refused before anything is written.
 2. What is to be embedded is embedded before a transaction is open, each text once. An
    item whose texts cannot be embedded now is stored, and queued for it.
-3. The batch runs in one transaction, in runs of writes and of reads. A read
+3. What is put is sealed by the data key that its root has at the commit, or in the clear if it
+   has none: under a lock, by which nobody gives or destroys one meanwhile, Postgres compares it
+   with the one that was used. If it is another one the batch begins again.
+4. The batch runs in one transaction, in runs of writes and of reads. A read
    sees the writes before it in the batch; of several writes of one key in a
    run the last one counts. A run of gets is one statement, so is a run's puts.
-4. An item's vectors are replaced with it: no vector outlives its text.
+5. An item's vectors are replaced with it: no vector outlives its text.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -38,7 +41,7 @@ from langgraph_vat._durable import items as sql
 from langgraph_vat._durable import namespaces
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
-from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
+from langgraph_vat._io.protocols import Backend, ChangedError, Durable, Row, Runner, Session
 from langgraph_vat._ops import search
 from langgraph_vat._ops.address import Space
 from langgraph_vat._ops.embedding import Embedded, Embedding, embed_documents, embed_queries
@@ -50,7 +53,13 @@ from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import BLIND, IndexKey
 from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError, VatError
+from langgraph_vat.errors import (
+    InvalidInputError,
+    SealError,
+    ShreddedError,
+    UnavailableError,
+    VatError,
+)
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
 from langgraph_vat.settings import Settings
@@ -64,6 +73,8 @@ _KEY_S = 60.0
 _MOST_KEYS, _IN_USE_S = 10_000, 600.0
 # The column's type is int; so many minutes are 4,083 years.
 _MOST_TTL = 2**31 - 1
+# Within so many somebody who puts an item finds the data keys as they were a moment ago.
+_MOST_ROUNDS = 8
 # More than any table has, and less than Postgres counts to, whatever a search multiplies it by.
 _MOST_ITEMS = 2**48
 # As `sql.ITEM` has them; a search adds a distance.
@@ -119,14 +130,9 @@ class _Plan:
     """Texts of documents."""
     queries: dict[str, str]
     roots: list[str]
-    """Those that something is put into, where it may have to be sealed."""
-    keys: _Keys
-    """Their data keys; none of those that have items in the clear."""
-
-    @property
-    def plain(self) -> list[str]:
-        """Roots that something is put into in the clear."""
-        return [root for root in self.roots if root not in self.keys]
+    """Those that something is put into."""
+    keys: _Keys = field(default_factory=dict)
+    """Their data keys; none of those that it is put into in the clear."""
 
 
 async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op]) -> list[Result]:
@@ -143,10 +149,8 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
     plan = await _prepare(items, backend, listed)
 
     async def body(session: Session) -> list[Result]:
-        if plan.plain:
-            await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})
-            await _open_keys(items, session, session, plan.plain, plan.plain)
-            plan.keys = _known(items, plan.roots)
+        if plan.roots:
+            await session.execute(sql.GUARD_ROOTS, {"roots": plan.roots})
         results: list[Result] = [None] * len(listed)
         runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
         for kind, run in runs:
@@ -159,7 +163,36 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
                     results[position] = result
         return results
 
-    return _shown(space, await backend.durable.transact(body))
+    return _shown(space, await _transact(items, backend, plan, body))
+
+
+async def _transact(
+    items: Items,
+    backend: Backend,
+    plan: _Plan,
+    body: Callable[[Session], Awaitable[list[Result]]],
+) -> list[Result]:
+    """Run a batch with the data keys that its roots have when it commits."""
+    for _ in range(_MOST_ROUNDS):
+        if items.keyring is not None:
+            plan.keys = await _add_keys(items, backend, set(plan.roots))
+        try:
+            return await backend.durable.transact(body)
+        except ChangedError:
+            if items.keyring is None:
+                await _refuse_sealed(backend, plan.roots)
+    raise UnavailableError(
+        "the data keys of what is to be put are replaced again and again; nothing was written."
+        " Repeat it."
+    )
+
+
+async def _refuse_sealed(backend: Backend, roots: Sequence[str]) -> None:
+    for root, _ in await backend.durable.fetch(sql.FIND_KEYS, {"roots": roots}):
+        raise SealError(
+            f"namespaces that begin with {root!r} are sealed and this store has no keyring, so"
+            " nothing is put beside what they hold; nothing was written. Pass keyring=."
+        )
 
 
 def _shown(space: Space, results: list[Result]) -> list[Result]:
@@ -313,14 +346,11 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 
 
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
-    plan = _Plan(ops, Embedded(), {}, [], {})
+    kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
+    plan = _Plan(ops, Embedded(), {}, sorted({op.namespace[0] for op in kept}))
     if items.embedding is not None:
         await _embed(items.embedding, backend, plan)
-    if items.keyring is not None:
-        await open_tokens(items, backend)
-        kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
-        plan.roots = sorted({op.namespace[0] for op in kept})
-        plan.keys = await _add_keys(items, backend, set(plan.roots))
+    await open_tokens(items, backend)
     return plan
 
 
@@ -349,8 +379,8 @@ async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> _Keys:
     """
     Return the data keys of roots to write to.
 
-    They are asked for each time: another process may have destroyed one a moment ago, and
-    what that key sealed is lost. Some have none, because they have items in the clear, and may.
+    They are asked for each time: another process may have destroyed one a moment ago. Some
+    have none, because they have items in the clear, and may.
 
     Raises:
         SealError: They have such items, and may not.
@@ -516,7 +546,9 @@ async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) ->
         return
     rows = [(*place, *_encode(items, plan.keys, place, op), op.ttl) for place, op in kept.items()]
     names = ("prefixes", "keys", "values", "types", "exacts", "ttls")
-    await session.execute(sql.PUT, columns(rows, *names))
+    wrapped = [plan.keys[root].wrapped if root in plan.keys else None for root in plan.roots]
+    expected = {"roots": plan.roots, "data_keys": wrapped}
+    await session.execute(sql.PUT, columns(rows, *names) | expected)
     if items.index is not None:
         await _put_vectors(items.index, session, plan, kept)
 

@@ -156,6 +156,7 @@ async def shred_root(items: Items, backend: Backend, root: str) -> None:
     """
 
     async def body(session: Session) -> bool:
+        await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})  # what is being put is first
         if not root or not await session.fetch(sql.SET_KEY, {"root": root, "data_key": SHREDDED}):
             return False
         await session.execute(sql.FORGET_TOKENS, {"root": root})

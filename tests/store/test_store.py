@@ -301,12 +301,10 @@ def test_a_page_may_be_larger_than_anything(store):
 
 
 def test_an_item_that_is_not_sealed_is_named(postgres_url):
-    with (
-        SemanticStore.from_conn_string(postgres_url) as plain,
-        SemanticStore.from_conn_string(postgres_url, keyring=Keyring.generate()) as store,
-    ):
+    with SemanticStore.from_conn_string(postgres_url, keyring=Keyring.generate()) as store:
         store.put(("a", "b"), "other", {"text": "x"})
-        plain.put(("a", "b"), "k", {"text": "x"})
+        with psycopg.connect(postgres_url) as connection:
+            connection.execute("INSERT INTO store (prefix, key, value) VALUES ('a.b', 'k', '{}')")
         with pytest.raises(SealError, match=r"'k' of 'a\.b'"):
             store.search(("a",))
 
