@@ -1047,6 +1047,28 @@ MUTATIONS = [
         "test_plaintext.py::test_what_is_put_while_its_root_is_sealed_is_not_in_the_clear",
     ),
     Mutation(
+        "what has expired is not in the clear",
+        "_ops/items.py",
+        '        await session.execute(sql.SWEEP_ROOT, {"root": root})\n',
+        "",
+        "test_plaintext.py::test_what_has_expired_is_not_in_the_clear_whether_swept_or_not",
+    ),
+    Mutation(
+        "what has expired is not sealed but removed",
+        "_ops/seal_items.py",
+        '    await session.execute(sql.SWEEP_ROOT, {"root": root})\n',
+        "",
+        "test_plaintext.py::test_what_has_expired_is_not_in_the_clear_whether_swept_or_not",
+    ),
+    Mutation(
+        "what expired and is refreshed just now is waited for",
+        "_durable/items.py",
+        ' FOR UPDATE\n) AS n\nWHERE s.prefix = n.prefix AND s.key = n.key\n"""\n)\n\nNEXT',
+        ' FOR UPDATE SKIP LOCKED\n) AS n\nWHERE s.prefix = n.prefix AND s.key = n.key\n"""\n)\n'
+        "\nNEXT",
+        "test_plaintext.py::test_an_item_that_is_refreshed_just_now_is_not_left_in_the_clear",
+    ),
+    Mutation(
         "a store without a keyring puts nothing where items are sealed",
         "_durable/items.py",
         "    WHERE k.data_key IS DISTINCT FROM r.data_key\n",

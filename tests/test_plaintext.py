@@ -668,6 +668,42 @@ def test_beside_items_in_the_clear_nothing_is_put_without_a_window(store, postgr
     assert kept(postgres_url, "a") == {True}
 
 
+def expire(url: str, key: str) -> None:
+    sql(url, "UPDATE store SET expires_at = now() - interval '1 hour' WHERE key = %s", key)
+
+
+@pytest.mark.parametrize("window", [True, False], ids=["window", "strict"])
+def test_what_has_expired_is_not_in_the_clear_whether_swept_or_not(store, postgres_url, window):
+    plain = store(sealed=False)
+    plain.put(("a", "b"), "old", {"text": MARKER}, ttl=1)
+    expire(postgres_url, "old")
+    store(window=window).put(("a",), "new", {"text": MARKER})
+    assert kept(postgres_url, "a") == {True}
+    assert [one.key for one in store(window=False).search(("a",))] == ["new"]
+    plain.put(("b",), "old", {"text": MARKER}, ttl=1)
+    plain.put(("b", "c"), "new", {"text": MARKER})
+    plain.put(("c",), "old", {"text": MARKER}, ttl=1)
+    expire(postgres_url, "old")
+    assert store().seal_existing() == (1, 1, 0)
+    assert kept(postgres_url, "b") == {True}
+    assert kept(postgres_url, "c") == set()
+
+
+def test_an_item_that_is_refreshed_just_now_is_not_left_in_the_clear(store, postgres_url):
+    plain = store(sealed=False)
+    plain.put(("a",), "old", {"text": MARKER}, ttl=1)
+    expire(postgres_url, "old")
+    with psycopg.connect(postgres_url) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("UPDATE store SET expires_at = now() + interval '1 hour'")
+        run = pool.submit(store().put, ("a",), "new", {"text": MARKER})
+        while not (run.done() or waiting(postgres_url)):
+            pass
+        other.commit()
+        run.result()
+    assert kept(postgres_url, "a") == {False}
+    assert len(store().search(("a",))) == 2
+
+
 class Meddling:
     """A keyring whose first wrapping takes so long that somebody does something meanwhile."""
 

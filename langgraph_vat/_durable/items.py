@@ -12,6 +12,8 @@ from psycopg import sql
 
 from langgraph_vat._durable import embedding, namespaces
 from langgraph_vat._durable.namespaces import LIVING as _ALIVE
+from langgraph_vat._durable.namespaces import OF_ROOT as _OF_ROOT
+from langgraph_vat._durable.namespaces import ORDER as _ORDER
 from langgraph_vat._durable.namespaces import SCOPE as _SCOPE
 
 SCHEMA: tuple[LiteralString, ...] = (
@@ -111,8 +113,6 @@ USING {} (embedding {}){}""")
 
 FIND_KEYS: LiteralString = "SELECT root, data_key FROM vat_store_keys WHERE root = ANY(%(roots)s)"
 
-_OF_ROOT: LiteralString = "(s.prefix = %(root)s OR starts_with(s.prefix, %(root)s || '.'))"
-
 # Of two processes that add a key at once, both get the first one's. One that was
 # destroyed makes room for another when nothing is left that it sealed.
 ADD_KEY: LiteralString = (
@@ -150,13 +150,33 @@ GUARD_ROOT_ALONE: LiteralString = (
 
 # Of these roots those that have items, and no data key. Two ranges, as in `namespaces`: each is
 # looked up, however many items there are.
-PLAIN_ROOTS: LiteralString = """
+PLAIN_ROOTS: LiteralString = (
+    """
 SELECT r.root FROM unnest(%(roots)s::text[]) AS r (root)
 WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
-AND (EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" = r.root)
+AND (EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" = r.root AND """
+    + _ALIVE
+    + """)
     OR EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" >= r.root || '.'
-               AND s.prefix COLLATE "C" < r.root || '/'))
+               AND s.prefix COLLATE "C" < r.root || '/' AND """
+    + _ALIVE
+    + """))
 """
+)
+
+# What has expired is not left in the clear beside a data key. One that is refreshed just now is
+# waited for, and lives.
+SWEEP_ROOT: LiteralString = (
+    """
+DELETE FROM store s USING (
+    SELECT s.prefix, s.key FROM store s WHERE s.expires_at <= now() AND """
+    + _OF_ROOT
+    + _ORDER
+    + """ FOR UPDATE
+) AS n
+WHERE s.prefix = n.prefix AND s.key = n.key
+"""
+)
 
 NEXT_PLAIN_ROOTS: LiteralString = """
 SELECT r.root FROM (

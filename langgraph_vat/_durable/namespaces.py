@@ -17,6 +17,15 @@ from psycopg import sql
 
 LIVING: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
 
+# All that is under a first label.
+OF_ROOT: LiteralString = """
+(s.prefix COLLATE "C" = %(root)s::text
+ OR s.prefix COLLATE "C" >= %(root)s::text || '.' AND s.prefix COLLATE "C" < %(root)s::text || '/')
+"""
+
+# Whoever locks several items does it in this order.
+ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key'
+
 # Which items a search is about. Of all there are, those of no tenant.
 SCOPE: LiteralString = (
     """
@@ -143,7 +152,7 @@ COUNT: LiteralString = (
 _NEXT: LiteralString = """
 s.prefix COLLATE "C" >= %(first)s AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
 AND (s.prefix COLLATE "C", s.key) > (%(after_prefix)s, %(after_key)s)"""
-_IN_ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key LIMIT %(limit)s'
+_IN_ORDER: LiteralString = ORDER + " LIMIT %(limit)s"
 
 PAGE: LiteralString = (
     "SELECT {columns} FROM store s WHERE " + _NEXT + " AND {filter} AND " + LIVING + _IN_ORDER

@@ -419,6 +419,7 @@ async def _add_key(items: Items, backend: Backend, root: str) -> RootKey | None:
 
     async def body(session: Session) -> list[Row]:
         await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})
+        await session.execute(sql.SWEEP_ROOT, {"root": root})
         if await session.fetch(sql.PLAIN_ROOTS, {"roots": [root]}):
             return []
         return await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})

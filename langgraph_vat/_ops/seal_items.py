@@ -59,6 +59,7 @@ async def _seal(items: Items, session: Session, root: str) -> Sealed:
     check_window(items.keyring, items.settings)
     assert items.keyring is not None
     await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})
+    await session.execute(sql.SWEEP_ROOT, {"root": root})
     if not await session.fetch(sql.PLAIN_ROOTS, {"roots": [root]}):
         return Sealed(0, 0, 0)  # by somebody else, or nothing is left
     data_key = DataKey.generate(items.keyring.cipher)
