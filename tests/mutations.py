@@ -1069,6 +1069,13 @@ MUTATIONS = [
         "test_plaintext.py::test_an_item_that_is_refreshed_just_now_is_not_left_in_the_clear",
     ),
     Mutation(
+        "rows of a store are locked in one order",
+        "_durable/namespaces.py",
+        """ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key'""",
+        """ORDER: LiteralString = ''""",
+        "store/test_store.py::test_rows_are_locked_in_one_order",
+    ),
+    Mutation(
         "a store without a keyring puts nothing where items are sealed",
         "_durable/items.py",
         "    WHERE k.data_key IS DISTINCT FROM r.data_key\n",

@@ -830,14 +830,15 @@ def test_a_read_goes_by_one_state_of_its_root_though_another_learns_of_its_seali
     plain = store(sealed=False)
     for key in "xy":
         plain.put(("a",), key, {"text": MARKER}, ttl=100)
-    reader, sealer, refresh = store(), store(), item_ops._refresh
+    reader, sealer, opened = store(), store(), item_ops._opened
 
-    async def meanwhile(*args: Any) -> None:
+    async def meanwhile(*args: Any) -> Any:
+        found = await opened(*args)
         if sealer.seal_existing().keys:  # the first time
             assert reader.get(("a",), "y", refresh_ttl=False) is not None
-        await refresh(*args)
+        return found
 
-    monkeypatch.setattr(item_ops, "_refresh", meanwhile)
+    monkeypatch.setattr(item_ops, "_opened", meanwhile)
     for _ in range(2):
         found = reader.search(("a",))[0] if ask == "search" else reader.get(("a",), "x")
         assert found.value == {"text": MARKER}

@@ -191,11 +191,10 @@ ORDER BY r.root LIMIT %(limit)s
 PLAIN_ITEMS: LiteralString = (
     """
 SELECT s.prefix, s.key, s.value, s.vat_type, s.vat_value FROM store s
-WHERE (s.prefix, s.key) > (%(prefix)s, %(key)s) AND """
+WHERE (s.prefix COLLATE "C", s.key) > (%(prefix)s, %(key)s) AND """
     + _OF_ROOT
-    + """
-ORDER BY s.prefix, s.key LIMIT %(limit)s FOR UPDATE
-"""
+    + _ORDER
+    + " LIMIT %(limit)s FOR UPDATE"
 )
 
 SEAL_ITEMS: LiteralString = """
@@ -226,9 +225,8 @@ SEALED_ITEMS: LiteralString = (
 SELECT s.prefix, s.key, s.vat_type, s.vat_value FROM store s
 WHERE substr(s.vat_value, 1, length(%(header)s)) <> %(header)s AND """
     + _OF_ROOT
-    + """
-ORDER BY s.prefix, s.key LIMIT %(limit)s OFFSET %(left)s FOR UPDATE
-"""
+    + _ORDER
+    + " LIMIT %(limit)s OFFSET %(left)s FOR UPDATE"
 )
 
 RESEAL_ITEMS: LiteralString = """
@@ -298,38 +296,57 @@ WHERE """
     + _ALIVE
 )
 
-REFRESH: LiteralString = """
+REFRESH: LiteralString = (
+    """
 UPDATE store s
 SET expires_at = now() + coalesce(s.vat_ttl, s.ttl_minutes) * interval '1 minute'
-FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+FROM (
+    SELECT s.prefix, s.key FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+    JOIN store s ON s.prefix = n.prefix AND s.key = n.key
+    WHERE coalesce(s.vat_ttl, s.ttl_minutes) IS NOT NULL"""
+    + _ORDER
+    + """ FOR NO KEY UPDATE OF s
+) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key
-AND coalesce(s.vat_ttl, s.ttl_minutes) IS NOT NULL
 """
+)
 
 # An item put over an expired one is new. Nothing is put, and it fails, unless the roots have these
 # very data keys, or none: nobody waits for its rows, so an error is all that is heard of it.
-PUT: LiteralString = """
+PUT: LiteralString = (
+    """
 INSERT INTO store AS s (prefix, key, value, vat_type, vat_value, vat_ttl, ttl_minutes, expires_at)
-SELECT prefix, key, value::jsonb, type, exact, ttl, ceil(ttl), now() + ttl * interval '1 minute'
+SELECT s.prefix, s.key, s.value::jsonb, s.type, s.exact, s.ttl, ceil(s.ttl),
+    now() + s.ttl * interval '1 minute'
 FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(values)s::text[], %(types)s::text[],
             %(exacts)s::bytea[], %(ttls)s::float8[])
-    AS n (prefix, key, value, type, exact, ttl)
+    AS s (prefix, key, value, type, exact, ttl)
 WHERE ln((NOT EXISTS (
     SELECT FROM unnest(%(roots)s::text[], %(data_keys)s::bytea[]) AS r (root, data_key)
     LEFT JOIN vat_store_keys k ON k.root = r.root
     WHERE k.data_key IS DISTINCT FROM r.data_key
-))::int) = 0
+))::int) = 0"""
+    + _ORDER
+    + """
 ON CONFLICT (prefix, key) DO UPDATE
 SET value = excluded.value, vat_type = excluded.vat_type, vat_value = excluded.vat_value,
     vat_ttl = excluded.vat_ttl, ttl_minutes = excluded.ttl_minutes,
     expires_at = excluded.expires_at, updated_at = now(),
     created_at = CASE WHEN s.expires_at <= now() THEN now() ELSE s.created_at END
 """
+)
 
-DELETE: LiteralString = """
-DELETE FROM store s USING unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+DELETE: LiteralString = (
+    """
+DELETE FROM store s USING (
+    SELECT s.prefix, s.key FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+    JOIN store s ON s.prefix = n.prefix AND s.key = n.key"""
+    + _ORDER
+    + """ FOR UPDATE OF s
+) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key
 """
+)
 
 DELETE_VECTORS: LiteralString = """
 DELETE FROM store_vectors v USING unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)

@@ -10,7 +10,9 @@ The store's operations, a batch at a time.
 4. The batch runs in one transaction, in runs of writes and of reads. A read
    sees the writes before it in the batch; of several writes of one key in a
    run the last one counts. A run of gets is one statement, so is a run's puts.
-5. An item's vectors are replaced with it: no vector outlives its text.
+5. Rows are locked in one order by all statements, and what was read is refreshed by the last one
+   of a batch: two batches do not wait for each other, nor does whoever seals.
+6. An item's vectors are replaced with it: no vector outlives its text.
 """
 
 import itertools
@@ -133,6 +135,8 @@ class _Plan:
     """Those that something is put into."""
     keys: _Keys = field(default_factory=dict)
     """Their data keys; none of those that it is put into in the clear."""
+    read: set[tuple[str, str]] = field(default_factory=set)
+    """Items that live longer because they were read."""
 
 
 async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op]) -> list[Result]:
@@ -151,6 +155,7 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
     async def body(session: Session) -> list[Result]:
         if plan.roots:
             await session.execute(sql.GUARD_ROOTS, {"roots": plan.roots})
+        plan.read.clear()  # of a run that was rolled back
         results: list[Result] = [None] * len(listed)
         runs = itertools.groupby(enumerate(listed), key=lambda pair: type(pair[1]))
         for kind, run in runs:
@@ -161,6 +166,8 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
                 found = await _read(items, session, space, plan, kind, [op for _, op in pairs])
                 for (position, _), result in zip(pairs, found, strict=True):
                     results[position] = result
+        if plan.read:
+            await session.execute(sql.REFRESH, columns([*plan.read], "prefixes", "keys"))
         return results
 
     return _shown(space, await _transact(items, backend, plan, body))
@@ -537,8 +544,7 @@ async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
 
 
 async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) -> None:
-    # Sorted: two batches that lock the same rows do so in the same order.
-    last = dict(sorted({(".".join(op.namespace), op.key): op for op in ops}.items()))
+    last = {(".".join(op.namespace), op.key): op for op in ops}
     kept = {place: op for place, op in last.items() if op.value is not None}
     gone = [place for place in last if place not in kept]
     if gone:
@@ -636,19 +642,19 @@ async def _read(
     items: Items, session: Session, space: Space, plan: _Plan, kind: type, ops: Sequence[Any]
 ) -> list[Result]:
     if kind is GetOp:
-        return await _get(items, session, ops)
+        return await _get(items, session, plan, ops)
     if kind is SearchOp:
         return [await _search(items, session, plan, op) for op in ops]
     return [await _list_namespaces(session, space, op) for op in ops]
 
 
-async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
+async def _get(items: Items, session: Session, plan: _Plan, ops: Sequence[GetOp]) -> list[Result]:
     places = [(".".join(op.namespace), op.key) for op in ops]
     rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
     rows, keys = await _opened(items, session, rows)
     found = {(row[0], row[1]): row for row in rows}
     wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
-    await _refresh(session, [found[place] for place in wanted if place in found])
+    _note_read(plan, [found[place] for place in wanted if place in found])
     return [Item(**_decode(items, keys, found[p])) if p in found else None for p in places]
 
 
@@ -670,7 +676,7 @@ async def _search(items: Items, session: Session, plan: _Plan, op: SearchOp) -> 
     rows = await search.run(session, query)
     rows, keys = _not_shredded(*await _opened(items, session, rows))
     if op.refresh_ttl:
-        await _refresh(session, rows)
+        _note_read(plan, rows)
     return [
         SearchItem(**_decode(items, keys, row), score=index.score(row[-1]) if index else None)
         for row in rows
@@ -698,10 +704,8 @@ def _not_shredded(rows: list[Row], keys: _Keys) -> tuple[list[Row], _Keys]:
     return [row for row in rows if _root(row[0]) not in gone], keys
 
 
-async def _refresh(session: Session, rows: Sequence[Row]) -> None:
-    expiring = [(row[0], row[1]) for row in rows if row[7]]
-    if expiring:
-        await session.execute(sql.REFRESH, columns(expiring, "prefixes", "keys"))
+def _note_read(plan: _Plan, rows: Sequence[Row]) -> None:
+    plan.read.update((row[0], row[1]) for row in rows if row[7])
 
 
 def _decode(items: Items, keys: _Keys, row: Row) -> dict[str, Any]:
