@@ -1076,6 +1076,13 @@ MUTATIONS = [
         "store/test_store.py::test_rows_are_locked_in_one_order",
     ),
     Mutation(
+        "numbers that msgpack cannot hold are stored",
+        "_seal/codec.py",
+        "        if has_json and (as_json := _dump_json(value)):\n            return as_json\n",
+        "",
+        "test_plaintext.py::test_numbers_that_jsonb_has_and_msgpack_has_not_are_sealed",
+    ),
+    Mutation(
         "a store without a keyring puts nothing where items are sealed",
         "_durable/items.py",
         "    WHERE k.data_key IS DISTINCT FROM r.data_key\n",

@@ -16,6 +16,7 @@ from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer as LangGraphEncrypted
 from langgraph.store.base import PutOp
+from langgraph.store.postgres import PostgresStore
 
 from langgraph_vat import (
     ConfigurationError,
@@ -376,6 +377,30 @@ def test_what_another_saver_wrote_is_sealed(postgres_url):
         assert states(saver) == before
     assert rows_with(postgres_url, MARKER) == set()
     assert is_sealed(postgres_url)
+
+
+LARGE = {"integer": -(2**70), "float": 1e22, "deep": [{"x": 10**400}]}
+
+
+def test_numbers_that_jsonb_has_and_msgpack_has_not_are_sealed(postgres_url, store):
+    options: Any = {"keyring": KEYRING, "accept_plaintext": soon()}
+    with (
+        PostgresSaver.from_conn_string(postgres_url) as plain,
+        PostgresStore.from_conn_string(postgres_url) as items,
+    ):
+        plain.setup()
+        items.setup()
+        versions = {name: plain.get_next_version(None, None) for name in ("integer", "float")}
+        checkpoint = {**empty_checkpoint(), "channel_values": {**LARGE}}
+        checkpoint |= {"channel_versions": versions}
+        plain.put(at(), checkpoint, {"step": 1, **LARGE}, versions)
+        items.put(("a",), "k", LARGE)
+        before = states(plain), items.get(("a",), "k").value
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        assert states(saver) == before[0]
+        assert (saver.threads.seal_existing().left, store().seal_existing()) == (0, (1, 1, 0))
+        assert states(saver) == before[0]
+    assert store(window=False).get(("a",), "k").value == before[1] == LARGE
 
 
 def test_metadata_stays_readable_and_filterable_as_of_a_thread_sealed_from_the_first(
