@@ -1035,8 +1035,8 @@ MUTATIONS = [
     Mutation(
         "what is sealed later has its tokens",
         "_ops/seal_items.py",
-        "orjson.dumps(tokens(items, root, value)).decode()",
-        '"{}"',
+        "        shown = tokens(items, root, value)\n",
+        "        pass\n",
         "test_plaintext.py::test_items_are_sealed_with_their_tokens",
     ),
     Mutation(
@@ -1081,6 +1081,27 @@ MUTATIONS = [
         "        if has_json and (as_json := _dump_json(value)):\n            return as_json\n",
         "",
         "test_plaintext.py::test_numbers_that_jsonb_has_and_msgpack_has_not_are_sealed",
+    ),
+    Mutation(
+        "of a damaged thread it is told, and the others are sealed",
+        "_ops/plain.py",
+        '        with naming(f"checkpoint {checkpoint_id!r} of namespace {ns!r}"):\n',
+        "        if True:\n",
+        "test_plaintext.py::test_of_a_damaged_thread_it_is_told_and_the_others_are_sealed",
+    ),
+    Mutation(
+        "of a damaged item it is told, and the others are sealed",
+        "_ops/seal_items.py",
+        '    with naming(f"item {key!r} of namespace {prefix!r}"):\n',
+        "    if True:\n",
+        "test_plaintext.py::test_of_a_damaged_item_it_is_told_and_other_roots_are_sealed",
+    ),
+    Mutation(
+        "an item is sealed that cannot be read here",
+        "_ops/seal_items.py",
+        "    with suppress(Exception):  #",
+        "    if True:  #",
+        "test_plaintext.py::test_an_item_of_a_class_that_is_gone_is_sealed_as_it_is",
     ),
     Mutation(
         "a store without a keyring puts nothing where items are sealed",

@@ -1,9 +1,12 @@
 """From data in the clear to sealed data: what is read for a while, and how it is sealed."""
 
 import random
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +31,9 @@ from langgraph_vat import (
     SealError,
     SemanticStore,
     Settings,
+    StrictSerializer,
     UnavailableError,
+    UnreadableError,
     Vat,
 )
 from langgraph_vat import settings as settings_module
@@ -450,6 +455,33 @@ def test_a_thread_that_has_a_sealed_row_and_no_key_is_left(start, postgres_url, 
     assert numbers(start(), "plain") == [0]
 
 
+DAMAGES = {
+    "metadata": "UPDATE checkpoints SET vat_exact = '\\x81' WHERE thread_id = 'b'",
+    "no metadata": "UPDATE checkpoints SET vat_exact = NULL WHERE thread_id = 'b'",
+    "a list": "UPDATE checkpoints SET metadata = '[1]', vat_type = NULL WHERE thread_id = 'b'",
+    "a frame": "UPDATE checkpoint_blobs SET type = 'msgpack+aes' WHERE thread_id = 'b'",
+    "another seal": "UPDATE checkpoint_writes SET type = 'a+aes256gcm' WHERE thread_id = 'b'",
+    "versions": "UPDATE checkpoints SET checkpoint = checkpoint || '{\"channel_versions\": [1]}'"
+    " WHERE thread_id = 'b'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_of_a_damaged_thread_it_is_told_and_the_others_are_sealed(
+    start, postgres_url, caplog, damage
+):
+    plain = start(sealed=False, redis=None)
+    for thread in "abc":
+        put(plain, at(thread), 1, when=datetime.now(UTC))
+    sql(postgres_url, damage)
+    done = start(redis=None).threads.seal_existing()
+    assert (done.keys, done.left) == (2, 1)
+    assert is_sealed(postgres_url, "a")
+    assert is_sealed(postgres_url, "c")
+    assert re.search(r"thread 'b' could not be sealed: .*(checkpoint|blob|write)", caplog.text)
+    assert MARKER not in caplog.text
+
+
 def test_without_redis_that_may_hold_steps_nothing_is_sealed(own_redis, start, postgres_url):
     options: Any = {"redis": own_redis.url, "timeout_s": 1.0, "epoch_ttl_s": 0.2}
     grow(start(sealed=False, **options), at(), 1)
@@ -814,6 +846,51 @@ def test_items_are_sealed_with_their_tokens(store, postgres_url):
         "UPDATE store SET vat_value = '\\x00' WHERE key IN ('k0', 'k1')",
     )
     assert len(strict.search(("a",), filter={"user": "u2"}, limit=1000)) == 200
+
+
+ITEM_DAMAGES = {
+    "no value": "vat_value = NULL",
+    "another seal": "vat_type = 'msgpack+aes256gcm'",
+    "encrypted": "vat_type = 'msgpack+aes'",
+}
+
+
+@pytest.mark.parametrize("damage", ITEM_DAMAGES.values(), ids=ITEM_DAMAGES)
+def test_of_a_damaged_item_it_is_told_and_other_roots_are_sealed(
+    store, postgres_url, caplog, damage
+):
+    plain = store(sealed=False)
+    for root in "abc":
+        plain.put((root, "x"), "k", {"text": MARKER, "when": datetime.now(UTC)})
+    sql(postgres_url, f"UPDATE store SET {damage} WHERE prefix = 'b.x'")
+    assert store(filterable_fields=("when",)).seal_existing() == (2, 2, 1)
+    assert kept(postgres_url, "a") == kept(postgres_url, "c") == {True}
+    assert "item 'k' of namespace 'b.x'" in caplog.text
+    assert MARKER not in caplog.text
+
+
+@dataclass
+class Gone:
+    """A class that is not there any more when its values are sealed."""
+
+    text: str
+
+
+def test_an_item_of_a_class_that_is_gone_is_sealed_as_it_is(store, postgres_url, monkeypatch):
+    serde = StrictSerializer(allow=[Gone])
+    plain = store(sealed=False, serde=serde)
+    for key in "ab":
+        plain.put(("a",), key, {"text": MARKER, "one": Gone(MARKER) if key == "a" else 1})
+    with monkeypatch.context() as patch:
+        patch.delattr(sys.modules[__name__], "Gone")
+        both = store(serde=serde, filterable_fields=("text",))
+        assert both.seal_existing() == (1, 2, 0)
+        assert kept(postgres_url, "a") == {True}
+        assert both.get(("a",), "b").value["text"] == MARKER
+        with pytest.raises(UnreadableError):
+            both.get(("a",), "a")
+    found = both.search(("a",), filter={"text": MARKER})
+    assert {one.key: one.value["one"] for one in found} == {"a": Gone(MARKER), "b": 1}
 
 
 async def test_the_asyncio_face_of_a_store_seals_too(store):

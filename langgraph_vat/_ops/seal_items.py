@@ -6,6 +6,7 @@ sealed without: nobody puts one in the clear that is missed.
 """
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -15,11 +16,11 @@ from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.items import Items, key_place, open_tokens, tokens
 from langgraph_vat._ops.keys import wrap_key
-from langgraph_vat._ops.seal_existing import check_window
+from langgraph_vat._ops.plain import naming, seal_value, told
+from langgraph_vat._ops.seal_existing import REFUSALS, check_window
 from langgraph_vat._records import Sealed
 from langgraph_vat._seal.codec import Codec
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import InvalidInputError, RefusedError, SealError
 from langgraph_vat.serde import codec_for
 
 logger = logging.getLogger("langgraph_vat")
@@ -50,8 +51,8 @@ async def _seal_one(items: Items, backend: Backend, root: str) -> Sealed:
 
     try:
         return await backend.durable.transact(body)
-    except (SealError, InvalidInputError, RefusedError) as error:
-        logger.warning("namespaces that begin with %r could not be sealed: %s", root, error)
+    except REFUSALS as error:
+        logger.warning("namespaces that begin with %r could not be sealed: %s", root, told(error))
         return Sealed(0, 0, 1)
 
 
@@ -81,7 +82,14 @@ async def _seal(items: Items, session: Session, root: str) -> Sealed:
 def _sealed(items: Items, root: str, target: Codec, row: Row) -> tuple[Any, ...]:
     prefix, key, value, type_, exact = row
     source = codec_for(items.serde, None)
-    if type_ is not None:
-        value = source.load(type_, exact, prefix, key)
-    shown = orjson.dumps(tokens(items, root, value)).decode()
-    return prefix, key, shown, *target.dump(value, prefix, key)
+    with naming(f"item {key!r} of namespace {prefix!r}"):
+        if type_ is None:
+            sealed = target.dump(value, prefix, key)
+        else:
+            sealed = seal_value(items.serde, source, target, type_, exact, prefix, key)
+    shown: dict[str, Any] = {}
+    with suppress(Exception):  # what cannot be read here is found without
+        if items.index_key is not None and type_ is not None:
+            value = source.load(type_, exact, prefix, key)
+        shown = tokens(items, root, value)
+    return prefix, key, orjson.dumps(shown).decode(), *sealed
