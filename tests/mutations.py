@@ -1083,6 +1083,20 @@ MUTATIONS = [
         "test_plaintext.py::test_numbers_that_jsonb_has_and_msgpack_has_not_are_sealed",
     ),
     Mutation(
+        "values of no checkpoint are sealed, too",
+        "_durable/checkpoints.py",
+        "    OR EXISTS (SELECT FROM checkpoint_blobs WHERE thread_id = %(thread)s)\n)\n",
+        ")\n",
+        "test_plaintext.py::test_values_of_no_checkpoint_and_a_thread_without_a_name_are_sealed_too",
+    ),
+    Mutation(
+        "a thread without a name is sealed, too",
+        "_ops/seal_existing.py",
+        '        done = await _seal_one(shared, backend, serde, "")\n',
+        "        pass\n",
+        "test_plaintext.py::test_values_of_no_checkpoint_and_a_thread_without_a_name_are_sealed_too",
+    ),
+    Mutation(
         "of a damaged thread it is told, and the others are sealed",
         "_ops/plain.py",
         '        with naming(f"checkpoint {checkpoint_id!r} of namespace {ns!r}"):\n',

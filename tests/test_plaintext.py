@@ -384,6 +384,24 @@ def test_what_another_saver_wrote_is_sealed(postgres_url):
     assert is_sealed(postgres_url)
 
 
+def test_values_of_no_checkpoint_and_a_thread_without_a_name_are_sealed_too(postgres_url):
+    with PostgresSaver.from_conn_string(postgres_url) as plain:
+        plain.setup()
+        for thread in ("", "a", "b", "c"):
+            grow(plain, at(thread), 2)
+        before = states(plain, "")
+    for table in ("checkpoints", "checkpoint_writes"):
+        sql(postgres_url, f"DELETE FROM {table} WHERE thread_id IN ('a', 'c')")
+    options: Any = {"keyring": KEYRING, "accept_plaintext": soon()}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        assert saver.threads.seal_existing() == (4, 2 * (6 + 6 - 2) + 2 * (6 - 2), 0)
+        found = [one for one in saver.list(None) if not one.config["configurable"]["thread_id"]]
+        assert [one.checkpoint for one in found] == [one[2] for one in before]
+        assert numbers(saver, "b") == [1, 0]
+        assert saver.threads.seal_existing() == (0, 0, 0)
+    assert rows_with(postgres_url, MARKER) == set()
+
+
 LARGE = {"integer": -(2**70), "float": 1e22, "deep": [{"x": 10**400}]}
 
 

@@ -74,6 +74,8 @@ async def seal_existing(
         params["after"] = rows[0][0]
         await find(shared, backend, rows[0][0], create=False)  # which adds its fence
     after, size, done = "", _PAGE, Sealed(0, 0, 0)
+    if not prefix:  # the pages begin behind it
+        done = await _seal_one(shared, backend, serde, "")
     while size == _PAGE:
         rows = await backend.durable.fetch(sql.PLAIN_THREADS, {**params, "after": after})
         for (after,) in rows:
