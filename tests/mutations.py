@@ -1097,6 +1097,13 @@ MUTATIONS = [
         "test_plaintext.py::test_values_of_no_checkpoint_and_a_thread_without_a_name_are_sealed_too",
     ),
     Mutation(
+        "only what LangGraph encrypted is decrypted",
+        "_seal/legacy.py",
+        'type_.split("+")[1:] == [_NAME]',
+        'type_.split("+")[1:2] == [_NAME]',
+        "test_plaintext.py::test_what_has_another_tag_is_not_taken_for_what_langgraph_encrypted",
+    ),
+    Mutation(
         "of a damaged thread it is told, and the others are sealed",
         "_ops/plain.py",
         '        with naming(f"checkpoint {checkpoint_id!r} of namespace {ns!r}"):\n',

@@ -32,6 +32,7 @@ from langgraph_vat import (
     SemanticStore,
     Settings,
     StrictSerializer,
+    TypeNotAllowedError,
     UnavailableError,
     UnreadableError,
     Vat,
@@ -1057,6 +1058,17 @@ def test_a_bit_of_what_langgraph_encrypted_makes_a_difference():
     for other in (*flipped, *(data[:end] for end in range(len(data))), data + b"x"):
         with pytest.raises(SealError, match="could not be decrypted"):
             serde.loads_typed((type_, other))
+
+
+@pytest.mark.parametrize("tag", ["msgpack+aes+foo", "msgpack+aes+aes", "+aes+", "aes", "msgpack+"])
+def test_what_has_another_tag_is_not_taken_for_what_langgraph_encrypted(tag):
+    serde = LegacySerializer(EAX_KEY)
+    _, data = LangGraphEncrypted.from_pycryptodome_aes(key=EAX_KEY).dumps_typed({"a": 1})
+    assert not serde.is_encrypted(tag)
+    with pytest.raises(TypeNotAllowedError):
+        serde.loads_typed((tag, data))
+    with pytest.raises(SealError, match="could not be decrypted"):
+        serde.loads_typed(("msgpack+aes", None))
 
 
 def test_what_langgraph_encrypted_is_not_sealed_without_its_key(postgres_url, encrypted, caplog):
