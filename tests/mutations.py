@@ -1063,9 +1063,8 @@ MUTATIONS = [
     Mutation(
         "what expired and is refreshed just now is waited for",
         "_durable/items.py",
-        ' FOR UPDATE\n) AS n\nWHERE s.prefix = n.prefix AND s.key = n.key\n"""\n)\n\nNEXT',
-        ' FOR UPDATE SKIP LOCKED\n) AS n\nWHERE s.prefix = n.prefix AND s.key = n.key\n"""\n)\n'
-        "\nNEXT",
+        '    + _ORDER\n    + """ FOR UPDATE\n',
+        '    + _ORDER\n    + """ FOR UPDATE SKIP LOCKED\n',
         "test_plaintext.py::test_an_item_that_is_refreshed_just_now_is_not_left_in_the_clear",
     ),
     Mutation(
@@ -1102,6 +1101,13 @@ MUTATIONS = [
         'type_.split("+")[1:] == [_NAME]',
         'type_.split("+")[1:2] == [_NAME]',
         "test_plaintext.py::test_what_has_another_tag_is_not_taken_for_what_langgraph_encrypted",
+    ),
+    Mutation(
+        "the roots of a store are found without its items",
+        "_durable/namespaces.py",
+        "THEN split_part(found.prefix, '.', 1) || '/'\n        ELSE",
+        "THEN found.prefix || chr(1)\n        ELSE",
+        "store/test_namespaces.py::test_few_rows_are_looked_at_to_find_what_is_to_be_sealed",
     ),
     Mutation(
         "of a damaged thread it is told, and the others are sealed",

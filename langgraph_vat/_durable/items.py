@@ -178,23 +178,12 @@ WHERE s.prefix = n.prefix AND s.key = n.key
 """
 )
 
-NEXT_PLAIN_ROOTS: LiteralString = """
-SELECT r.root FROM (
-    SELECT DISTINCT split_part(s.prefix, '.', 1) AS root FROM store s
-    WHERE split_part(s.prefix, '.', 1) > %(after)s
-    AND (%(only)s = '' OR starts_with(s.prefix, %(only)s || '.'))
-) AS r
-WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
-ORDER BY r.root LIMIT %(limit)s
-"""
-
+# A page of those of a root that gets a data key.
 PLAIN_ITEMS: LiteralString = (
-    """
-SELECT s.prefix, s.key, s.value, s.vat_type, s.vat_value FROM store s
-WHERE (s.prefix COLLATE "C", s.key) > (%(prefix)s, %(key)s) AND """
-    + _OF_ROOT
-    + _ORDER
-    + " LIMIT %(limit)s FOR UPDATE"
+    "SELECT s.prefix, s.key, s.value, s.vat_type, s.vat_value FROM store s WHERE "
+    + namespaces.NEXT
+    + namespaces.IN_ORDER
+    + " FOR UPDATE"
 )
 
 SEAL_ITEMS: LiteralString = """
@@ -363,7 +352,8 @@ FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(fields)s::text[], %(embedd
 SWEEP: LiteralString = """
 DELETE FROM store s USING (
     SELECT prefix, key FROM store
-    WHERE expires_at <= now() AND (%(only)s = '' OR starts_with(prefix, %(only)s || '.'))
+    WHERE expires_at <= now() AND (%(only)s = '' OR prefix COLLATE "C" >= %(only)s || '.'
+                                   AND prefix COLLATE "C" < %(only)s || '/')
     LIMIT 1000 FOR UPDATE SKIP LOCKED
 ) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key RETURNING 1

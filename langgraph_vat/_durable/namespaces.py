@@ -35,20 +35,20 @@ AND """
     + LIVING
 )
 
-INDEX: LiteralString = """
-DO $$ BEGIN
-    IF EXISTS (
-        SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
-        WHERE a.attrelid = 'store'::regclass AND a.attname = 'prefix' AND c.collname <> 'C'
-    ) THEN
+# Whether the primary key has another order.
+_OTHER_ORDER: LiteralString = """
+SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
+WHERE a.attrelid = to_regclass('store') AND a.attname = 'prefix' AND c.collname <> 'C'
+"""
+INDEX: LiteralString = (
+    "DO $$ BEGIN IF EXISTS ("
+    + _OTHER_ORDER
+    + """) THEN
         CREATE INDEX IF NOT EXISTS vat_store_prefix ON store (prefix COLLATE "C", key);
     END IF;
 END $$"""
-LACKS_INDEX: LiteralString = """
-SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
-WHERE a.attrelid = to_regclass('store') AND a.attname = 'prefix' AND c.collname <> 'C'
-AND to_regclass('vat_store_prefix') IS NULL
-"""
+)
+LACKS_INDEX: LiteralString = _OTHER_ORDER + "AND to_regclass('vat_store_prefix') IS NULL"
 
 # From one namespace to the next, by two look-ups each, however many items it has. Where a
 # namespace that is shown in part has been found, all others of that part are jumped over, and
@@ -89,6 +89,26 @@ WITH RECURSIVE steps (namespace, bound) AS (
 SELECT n.namespace FROM (SELECT DISTINCT namespace FROM steps WHERE namespace IS NOT NULL) AS n
 ORDER BY n.namespace COLLATE "C" LIMIT %(limit)s OFFSET %(offset)s"""
 )
+
+# First labels in the same way, which come twice if a namespace is one alone and others are below
+# it; and whether they have no data key.
+ROOTS: LiteralString = """
+WITH RECURSIVE steps (root, bound) AS (
+    SELECT NULL::text COLLATE "C", %(bound)s::text COLLATE "C"
+    UNION ALL
+    SELECT split_part(found.prefix, '.', 1), CASE
+        WHEN strpos(found.prefix, '.') > 0 THEN split_part(found.prefix, '.', 1) || '/'
+        ELSE found.prefix || chr(1)
+    END COLLATE "C"
+    FROM steps CROSS JOIN LATERAL (
+        SELECT s.prefix COLLATE "C" AS prefix FROM store s WHERE s.prefix COLLATE "C" >= steps.bound
+        AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
+        ORDER BY s.prefix COLLATE "C" LIMIT 1
+    ) AS found
+)
+SELECT t.bound, t.root, NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = t.root)
+FROM (SELECT * FROM steps WHERE root IS NOT NULL LIMIT %(limit)s) AS t ORDER BY t.bound
+"""
 
 # More labels than a namespace can have.
 _MOST_LABELS = 2_000
@@ -149,13 +169,13 @@ COUNT: LiteralString = (
 )
 
 # The next items of a range; behind those at the end of it nothing is looked at.
-_NEXT: LiteralString = """
+NEXT: LiteralString = """
 s.prefix COLLATE "C" >= %(first)s AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
 AND (s.prefix COLLATE "C", s.key) > (%(after_prefix)s, %(after_key)s)"""
-_IN_ORDER: LiteralString = ORDER + " LIMIT %(limit)s"
+IN_ORDER: LiteralString = ORDER + " LIMIT %(limit)s"
 
 PAGE: LiteralString = (
-    "SELECT {columns} FROM store s WHERE " + _NEXT + " AND {filter} AND " + LIVING + _IN_ORDER
+    "SELECT {columns} FROM store s WHERE " + NEXT + " AND {filter} AND " + LIVING + IN_ORDER
 )
 
 # Tells how many of them lived, and which was the last. Their vectors go with them.
@@ -164,8 +184,8 @@ DELETE_NEXT: LiteralString = (
 WITH gone AS (
     DELETE FROM store s USING (
         SELECT s.prefix, s.key FROM store s WHERE """
-    + _NEXT
-    + _IN_ORDER
+    + NEXT
+    + IN_ORDER
     + """ FOR UPDATE
     ) AS n
     WHERE s.prefix = n.prefix AND s.key = n.key RETURNING s.prefix, s.key, """

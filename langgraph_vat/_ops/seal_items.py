@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from langgraph_vat._durable import items as sql
+from langgraph_vat._durable import namespaces
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Row, Session
 from langgraph_vat._ops.items import Items, key_place, open_tokens, tokens
@@ -34,13 +35,17 @@ async def seal_roots(items: Items, backend: Backend, only: str = "") -> Sealed:
     """Seal the roots that have no data key; `only` one, or "" for all."""
     check_window(items.keyring, items.settings)
     await open_tokens(items, backend)
-    after, done, size = "", Sealed(0, 0, 0), _PAGE
+    params: dict[str, Any] = {"bound": "", "end": None, "limit": _PAGE}
+    if only:
+        params |= {"bound": f"{only}.", "end": f"{only}/"}
+    done, tried, size = Sealed(0, 0, 0), set(), _PAGE
     while size == _PAGE:
-        params = {"after": after, "limit": _PAGE, "only": only}
-        rows = await backend.durable.fetch(sql.NEXT_PLAIN_ROOTS, params)
-        for (after,) in rows:
-            one = await _seal_one(items, backend, after)
-            done = Sealed(*map(sum, zip(done, one, strict=True)))
+        rows = await backend.durable.fetch(namespaces.ROOTS, params)
+        for params["bound"], root, is_plain in rows:
+            if is_plain and root not in tried:
+                tried.add(root)
+                one = await _seal_one(items, backend, root)
+                done = Sealed(*map(sum, zip(done, one, strict=True)))
         size = len(rows)
     return done
 
@@ -66,15 +71,16 @@ async def _seal(items: Items, session: Session, root: str) -> Sealed:
     data_key = DataKey.generate(items.keyring.cipher)
     wrapped = await wrap_key(session, items.keyring, data_key, key_place(root))
     target = codec_for(items.serde, data_key, "item", root)
-    values, size, place = 0, _MOST_ROWS, ("", "")
-    while size == _MOST_ROWS:
-        params = {"root": root, "prefix": place[0], "key": place[1], "limit": _MOST_ROWS}
-        rows = await session.fetch(sql.PLAIN_ITEMS, params)
-        new = [_sealed(items, root, target, row) for row in rows]
-        names = ("prefixes", "keys", "values", "types", "exacts")
-        await session.execute(sql.SEAL_ITEMS, columns(new, *names))
-        size, values = len(rows), values + len(rows)
-        place = rows[-1][:2] if rows else place
+    values = 0
+    for first, end in namespaces.ranges(root):
+        params: dict[str, Any] = {"first": first, "end": end, "limit": _MOST_ROWS}
+        params |= {"after_prefix": "", "after_key": ""}
+        while rows := await session.fetch(sql.PLAIN_ITEMS, params, plan_anew=True):
+            params["after_prefix"], params["after_key"] = rows[-1][:2]
+            new = [_sealed(items, root, target, row) for row in rows]
+            names = ("prefixes", "keys", "values", "types", "exacts")
+            await session.execute(sql.SEAL_ITEMS, columns(new, *names))
+            values += len(rows)
     await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
     return Sealed(1, values, 0)
 
