@@ -145,17 +145,25 @@ class Vat(Managed):
         )
 
     @classmethod
-    def from_env(cls, *, index: IndexConfig | None = None, ttl: TTLConfig | None = None) -> Self:
+    def from_env(
+        cls,
+        *,
+        serde: SerializerProtocol | None = None,
+        index: IndexConfig | None = None,
+        ttl: TTLConfig | None = None,
+        **settings: Any,
+    ) -> Self:
         """
         Use what the environment says.
 
         ``LANGGRAPH_VAT_POSTGRES`` is needed; ``LANGGRAPH_VAT_REDIS``,
         ``LANGGRAPH_VAT_SCHEMA``, ``LANGGRAPH_VAT_KEYS`` (a keyring's text
         form), ``LANGGRAPH_VAT_KEY_PREFIX``, ``LANGGRAPH_VAT_FLUSH_EVERY`` and
-        ``LANGGRAPH_VAT_FLUSH_AFTER`` may be there.
+        ``LANGGRAPH_VAT_FLUSH_AFTER`` may be there. The rest is given as to `connect`, and
+        counts where both say something.
 
         Raises:
-            ConfigurationError: A variable is missing or cannot work.
+            ConfigurationError: A variable is missing, or one or an argument cannot work.
         """
         postgres = os.environ.get("LANGGRAPH_VAT_POSTGRES")
         if not postgres:
@@ -167,9 +175,10 @@ class Vat(Managed):
             os.environ.get("LANGGRAPH_VAT_REDIS") or None,
             schema=os.environ.get("LANGGRAPH_VAT_SCHEMA") or None,
             keyring=Keyring.from_env() if has_keys else None,
+            serde=serde,
             index=index,
             ttl=ttl,
-            **_settings_from_env(),
+            **{**_settings_from_env(), **settings},
         )
 
     def setup(self, *, create_extension: bool = True) -> None:

@@ -239,3 +239,13 @@ def redis_cluster_url(redis_cluster: list[int]) -> str:
         with redis.Redis(port=port) as client:
             client.flushall()
     return f"redis+cluster://127.0.0.1:{redis_cluster[0]}"
+
+
+def waiting(url: str) -> int:
+    """Return how many sessions of a database wait for others' locks."""
+    query = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'
+    """
+    with psycopg.connect(url) as connection:
+        return connection.execute(query).fetchone()[0]

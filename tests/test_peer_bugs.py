@@ -48,6 +48,8 @@ STRANGE = {
     "inf": math.inf,
     "-inf": -math.inf,
     "bytes": b"\0",
+    "large": -(2**70),
+    "large inside": {"x": [10**22, 1e22]},
 }
 
 
@@ -73,7 +75,7 @@ def test_a_value_that_cannot_be_serialized_is_named_and_nothing_is_written(saver
     assert saver.get_tuple(at()) is None
     config = saver.put(at(), checkpoint(), {}, {"a": "1"})
     with pytest.raises(InvalidInputError, match="type dict"):
-        saver.put_writes(config, [("a", 1), ("a", {"x": 2**70})], "task")
+        saver.put_writes(config, [("a", 1), ("a", {"x": Secret()})], "task")
     assert saver.get_tuple(config).pending_writes == []
 
 

@@ -1,9 +1,12 @@
 """From data in the clear to sealed data: what is read for a while, and how it is sealed."""
 
 import random
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,8 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer as LangGraphEncrypted
+from langgraph.store.base import PutOp
+from langgraph.store.postgres import PostgresStore
 
 from langgraph_vat import (
     ConfigurationError,
@@ -26,17 +31,22 @@ from langgraph_vat import (
     SealError,
     SemanticStore,
     Settings,
+    StrictSerializer,
+    TypeNotAllowedError,
     UnavailableError,
+    UnreadableError,
     Vat,
 )
 from langgraph_vat import settings as settings_module
 from langgraph_vat._io.driver import drive
+from langgraph_vat._ops import items as item_ops
 from langgraph_vat._ops import seal_existing as sealing
 from langgraph_vat._ops import seal_items
 from langgraph_vat._ops.shared import NO_SERDE
 from langgraph_vat._seal.data_key import SUFFIXES
 from langgraph_vat.migrate import copy_checkpoints
 from tests.fix_processes import kill
+from tests.fix_servers import waiting
 from tests.test_forgery import FORGERIES, forge
 from tests.test_protocol import Death, Faulty
 
@@ -375,6 +385,48 @@ def test_what_another_saver_wrote_is_sealed(postgres_url):
     assert is_sealed(postgres_url)
 
 
+def test_values_of_no_checkpoint_and_a_thread_without_a_name_are_sealed_too(postgres_url):
+    with PostgresSaver.from_conn_string(postgres_url) as plain:
+        plain.setup()
+        for thread in ("", "a", "b", "c"):
+            grow(plain, at(thread), 2)
+        before = states(plain, "")
+    for table in ("checkpoints", "checkpoint_writes"):
+        sql(postgres_url, f"DELETE FROM {table} WHERE thread_id IN ('a', 'c')")
+    options: Any = {"keyring": KEYRING, "accept_plaintext": soon()}
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        assert saver.threads.seal_existing() == (4, 2 * (6 + 6 - 2) + 2 * (6 - 2), 0)
+        found = [one for one in saver.list(None) if not one.config["configurable"]["thread_id"]]
+        assert [one.checkpoint for one in found] == [one[2] for one in before]
+        assert numbers(saver, "b") == [1, 0]
+        assert saver.threads.seal_existing() == (0, 0, 0)
+    assert rows_with(postgres_url, MARKER) == set()
+
+
+LARGE = {"integer": -(2**70), "float": 1e22, "deep": [{"x": 10**400}]}
+
+
+def test_numbers_that_jsonb_has_and_msgpack_has_not_are_sealed(postgres_url, store):
+    options: Any = {"keyring": KEYRING, "accept_plaintext": soon()}
+    with (
+        PostgresSaver.from_conn_string(postgres_url) as plain,
+        PostgresStore.from_conn_string(postgres_url) as items,
+    ):
+        plain.setup()
+        items.setup()
+        versions = {name: plain.get_next_version(None, None) for name in ("integer", "float")}
+        checkpoint = {**empty_checkpoint(), "channel_values": {**LARGE}}
+        checkpoint |= {"channel_versions": versions}
+        plain.put(at(), checkpoint, {"step": 1, **LARGE}, versions)
+        items.put(("a",), "k", LARGE)
+        before = states(plain), items.get(("a",), "k").value
+    with HybridSaver.from_conn_string(postgres_url, **options) as saver:
+        assert states(saver) == before[0]
+        assert (saver.threads.seal_existing().left, store().seal_existing()) == (0, (1, 1, 0))
+        assert states(saver) == before[0]
+    assert store(window=False).get(("a",), "k").value == before[1] == LARGE
+
+
 def test_metadata_stays_readable_and_filterable_as_of_a_thread_sealed_from_the_first(
     start, postgres_url
 ):
@@ -420,6 +472,33 @@ def test_a_thread_that_has_a_sealed_row_and_no_key_is_left(start, postgres_url, 
     with pytest.raises(SealError):
         states(start())
     assert numbers(start(), "plain") == [0]
+
+
+DAMAGES = {
+    "metadata": "UPDATE checkpoints SET vat_exact = '\\x81' WHERE thread_id = 'b'",
+    "no metadata": "UPDATE checkpoints SET vat_exact = NULL WHERE thread_id = 'b'",
+    "a list": "UPDATE checkpoints SET metadata = '[1]', vat_type = NULL WHERE thread_id = 'b'",
+    "a frame": "UPDATE checkpoint_blobs SET type = 'msgpack+aes' WHERE thread_id = 'b'",
+    "another seal": "UPDATE checkpoint_writes SET type = 'a+aes256gcm' WHERE thread_id = 'b'",
+    "versions": "UPDATE checkpoints SET checkpoint = checkpoint || '{\"channel_versions\": [1]}'"
+    " WHERE thread_id = 'b'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_of_a_damaged_thread_it_is_told_and_the_others_are_sealed(
+    start, postgres_url, caplog, damage
+):
+    plain = start(sealed=False, redis=None)
+    for thread in "abc":
+        put(plain, at(thread), 1, when=datetime.now(UTC))
+    sql(postgres_url, damage)
+    done = start(redis=None).threads.seal_existing()
+    assert (done.keys, done.left) == (2, 1)
+    assert is_sealed(postgres_url, "a")
+    assert is_sealed(postgres_url, "c")
+    assert re.search(r"thread 'b' could not be sealed: .*(checkpoint|blob|write)", caplog.text)
+    assert MARKER not in caplog.text
 
 
 def test_without_redis_that_may_hold_steps_nothing_is_sealed(own_redis, start, postgres_url):
@@ -665,6 +744,42 @@ def test_beside_items_in_the_clear_nothing_is_put_without_a_window(store, postgr
     assert kept(postgres_url, "a") == {True}
 
 
+def expire(url: str, key: str) -> None:
+    sql(url, "UPDATE store SET expires_at = now() - interval '1 hour' WHERE key = %s", key)
+
+
+@pytest.mark.parametrize("window", [True, False], ids=["window", "strict"])
+def test_what_has_expired_is_not_in_the_clear_whether_swept_or_not(store, postgres_url, window):
+    plain = store(sealed=False)
+    plain.put(("a", "b"), "old", {"text": MARKER}, ttl=1)
+    expire(postgres_url, "old")
+    store(window=window).put(("a",), "new", {"text": MARKER})
+    assert kept(postgres_url, "a") == {True}
+    assert [one.key for one in store(window=False).search(("a",))] == ["new"]
+    plain.put(("b",), "old", {"text": MARKER}, ttl=1)
+    plain.put(("b", "c"), "new", {"text": MARKER})
+    plain.put(("c",), "old", {"text": MARKER}, ttl=1)
+    expire(postgres_url, "old")
+    assert store().seal_existing() == (1, 1, 0)
+    assert kept(postgres_url, "b") == {True}
+    assert kept(postgres_url, "c") == set()
+
+
+def test_an_item_that_is_refreshed_just_now_is_not_left_in_the_clear(store, postgres_url):
+    plain = store(sealed=False)
+    plain.put(("a",), "old", {"text": MARKER}, ttl=1)
+    expire(postgres_url, "old")
+    with psycopg.connect(postgres_url) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("UPDATE store SET expires_at = now() + interval '1 hour'")
+        run = pool.submit(store().put, ("a",), "new", {"text": MARKER})
+        while not (run.done() or waiting(postgres_url)):
+            pass
+        other.commit()
+        run.result()
+    assert kept(postgres_url, "a") == {False}
+    assert len(store().search(("a",))) == 2
+
+
 class Meddling:
     """A keyring whose first wrapping takes so long that somebody does something meanwhile."""
 
@@ -693,6 +808,42 @@ def test_an_item_put_in_the_clear_a_moment_before_is_not_left_behind(store, post
     assert len(store(window=False).search(("a",))) == 2
 
 
+def test_a_store_without_a_keyring_puts_nothing_where_items_are_sealed(store, postgres_url):
+    plain, both = store(sealed=False), store()
+    plain.put(("a", "b"), "k", {"text": MARKER})
+    both.put(("new",), "k", {"text": MARKER})
+    both.seal_existing()
+    for place in (("a", "b"), "k"), (("a",), "k2"), (("new",), "k"):
+        with pytest.raises(SealError, match="no keyring"):
+            plain.put(*place, {"text": MARKER})
+    with pytest.raises(SealError, match="no keyring"):
+        plain.batch([PutOp(("other",), "k", {"text": MARKER}), PutOp(("a",), "k", {"n": 1})])
+    assert kept(postgres_url, "a") == kept(postgres_url, "new") == {True}
+    assert kept(postgres_url, "other") == set()
+    plain.put(("other",), "k", {"text": MARKER})
+    plain.delete(("a", "b"), "k")
+    assert [one.key for one in store(window=False).search(("a",))] == []
+
+
+@pytest.mark.parametrize("keyring", [None, KEYRING], ids=["plain", "sealed"])
+def test_what_is_put_while_its_root_is_sealed_is_not_in_the_clear(store, postgres_url, keyring):
+    store(sealed=False).put(("a",), "first", {"text": MARKER})
+    putter = store(sealed=keyring is not None)
+    runs: list[Any] = []
+
+    def meanwhile() -> None:
+        runs.append(pool.submit(putter.put, ("a",), "second", {"text": MARKER}))
+        while not (runs[0].done() or waiting(postgres_url)):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        assert store(keyring=Meddling(meanwhile)).seal_existing() == (1, 1, 0)
+        error = runs[0].exception()
+    assert (error is None) == (keyring is not None)
+    assert isinstance(error, SealError | None)
+    assert kept(postgres_url, "a") == {True}
+
+
 def test_items_are_sealed_with_their_tokens(store, postgres_url):
     plain = store(sealed=False)
     for number in range(600):  # more than a page
@@ -714,6 +865,51 @@ def test_items_are_sealed_with_their_tokens(store, postgres_url):
         "UPDATE store SET vat_value = '\\x00' WHERE key IN ('k0', 'k1')",
     )
     assert len(strict.search(("a",), filter={"user": "u2"}, limit=1000)) == 200
+
+
+ITEM_DAMAGES = {
+    "no value": "vat_value = NULL",
+    "another seal": "vat_type = 'msgpack+aes256gcm'",
+    "encrypted": "vat_type = 'msgpack+aes'",
+}
+
+
+@pytest.mark.parametrize("damage", ITEM_DAMAGES.values(), ids=ITEM_DAMAGES)
+def test_of_a_damaged_item_it_is_told_and_other_roots_are_sealed(
+    store, postgres_url, caplog, damage
+):
+    plain = store(sealed=False)
+    for root in "abc":
+        plain.put((root, "x"), "k", {"text": MARKER, "when": datetime.now(UTC)})
+    sql(postgres_url, f"UPDATE store SET {damage} WHERE prefix = 'b.x'")
+    assert store(filterable_fields=("when",)).seal_existing() == (2, 2, 1)
+    assert kept(postgres_url, "a") == kept(postgres_url, "c") == {True}
+    assert "item 'k' of namespace 'b.x'" in caplog.text
+    assert MARKER not in caplog.text
+
+
+@dataclass
+class Gone:
+    """A class that is not there any more when its values are sealed."""
+
+    text: str
+
+
+def test_an_item_of_a_class_that_is_gone_is_sealed_as_it_is(store, postgres_url, monkeypatch):
+    serde = StrictSerializer(allow=[Gone])
+    plain = store(sealed=False, serde=serde)
+    for key in "ab":
+        plain.put(("a",), key, {"text": MARKER, "one": Gone(MARKER) if key == "a" else 1})
+    with monkeypatch.context() as patch:
+        patch.delattr(sys.modules[__name__], "Gone")
+        both = store(serde=serde, filterable_fields=("text",))
+        assert both.seal_existing() == (1, 2, 0)
+        assert kept(postgres_url, "a") == {True}
+        assert both.get(("a",), "b").value["text"] == MARKER
+        with pytest.raises(UnreadableError):
+            both.get(("a",), "a")
+    found = both.search(("a",), filter={"text": MARKER})
+    assert {one.key: one.value["one"] for one in found} == {"a": Gone(MARKER), "b": 1}
 
 
 async def test_the_asyncio_face_of_a_store_seals_too(store):
@@ -746,6 +942,27 @@ def test_items_are_put_and_read_while_their_root_is_sealed(store, postgres_url):
             one.result()
     assert kept(postgres_url, "a") == {True}
     assert len(store(window=False).search(("a",), limit=1000)) == 540
+
+
+@pytest.mark.parametrize("ask", ["get", "search"])
+def test_a_read_goes_by_one_state_of_its_root_though_another_learns_of_its_sealing(
+    store, monkeypatch, ask
+):
+    plain = store(sealed=False)
+    for key in "xy":
+        plain.put(("a",), key, {"text": MARKER}, ttl=100)
+    reader, sealer, opened = store(), store(), item_ops._opened
+
+    async def meanwhile(*args: Any) -> Any:
+        found = await opened(*args)
+        if sealer.seal_existing().keys:  # the first time
+            assert reader.get(("a",), "y", refresh_ttl=False) is not None
+        return found
+
+    monkeypatch.setattr(item_ops, "_opened", meanwhile)
+    for _ in range(2):
+        found = reader.search(("a",))[0] if ask == "search" else reader.get(("a",), "x")
+        assert found.value == {"text": MARKER}
 
 
 def test_a_store_killed_anywhere_is_readable(store, postgres_url):
@@ -841,6 +1058,17 @@ def test_a_bit_of_what_langgraph_encrypted_makes_a_difference():
     for other in (*flipped, *(data[:end] for end in range(len(data))), data + b"x"):
         with pytest.raises(SealError, match="could not be decrypted"):
             serde.loads_typed((type_, other))
+
+
+@pytest.mark.parametrize("tag", ["msgpack+aes+foo", "msgpack+aes+aes", "+aes+", "aes", "msgpack+"])
+def test_what_has_another_tag_is_not_taken_for_what_langgraph_encrypted(tag):
+    serde = LegacySerializer(EAX_KEY)
+    _, data = LangGraphEncrypted.from_pycryptodome_aes(key=EAX_KEY).dumps_typed({"a": 1})
+    assert not serde.is_encrypted(tag)
+    with pytest.raises(TypeNotAllowedError):
+        serde.loads_typed((tag, data))
+    with pytest.raises(SealError, match="could not be decrypted"):
+        serde.loads_typed(("msgpack+aes", None))
 
 
 def test_what_langgraph_encrypted_is_not_sealed_without_its_key(postgres_url, encrypted, caplog):

@@ -29,6 +29,7 @@ from langgraph_vat._ops import items as item_ops
 from langgraph_vat._ops import reseal as resealing
 from langgraph_vat._ops.shared import NO_SERDE, key_place
 from langgraph_vat._seal.data_key import DataKey
+from tests.fix_servers import waiting
 from tests.test_protocol import Death, Faulty
 
 KEYRING = Keyring.generate()
@@ -453,6 +454,75 @@ def test_a_root_of_a_store_is_shredded(postgres_url, monkeypatch):
         other.delete(("ann", "notes"), "k")
         one.put(("ann",), "k", {"v": 4})
         assert other.get(("ann",), "k").value == {"v": 4}
+
+
+def test_a_root_is_not_shredded_while_something_is_put_there(postgres_url):
+    keyed = {"keyring": KEYRING}
+    with (
+        SemanticStore.from_conn_string(postgres_url, **keyed) as one,
+        SemanticStore.from_conn_string(postgres_url, **keyed) as other,
+        psycopg.connect(postgres_url) as holder,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        one.put(("ann",), "k", {"v": 1})
+        holder.execute("SELECT FROM store FOR UPDATE")
+        put = pool.submit(one.put, ("ann",), "k", {"v": 2})
+        while not waiting(postgres_url):
+            pass
+        shred = pool.submit(other.shred, "ann")
+        while waiting(postgres_url) < 2 and not shred.done():
+            pass
+        is_early = shred.done()
+        holder.commit()
+        put.result()
+        shred.result()
+        assert not is_early
+
+
+@pytest.mark.parametrize("is_used_again", [False, True])
+def test_nothing_is_put_by_a_key_that_was_destroyed_a_moment_ago(
+    postgres_url, monkeypatch, is_used_again
+):
+    keyed = {"keyring": KEYRING}
+    with (
+        SemanticStore.from_conn_string(postgres_url, **keyed) as one,
+        SemanticStore.from_conn_string(postgres_url, **keyed) as other,
+    ):
+        one.put(("ann",), "k", {"v": 1})
+        ask, todo = item_ops._add_keys, [1]
+
+        async def meanwhile(*args: Any) -> Any:
+            keys = await ask(*args)
+            while todo:
+                todo.pop()
+                other.shred("ann")
+                if is_used_again:
+                    other.delete(("ann",), "k")
+                    other.put(("ann",), "again", {"v": 2})
+            return keys
+
+        monkeypatch.setattr(item_ops, "_add_keys", meanwhile)
+        if not is_used_again:
+            with pytest.raises(ShreddedError):
+                one.put(("ann",), "l", {"v": 3})
+            return
+        one.put(("ann",), "l", {"v": 3})
+        assert other.get(("ann",), "l").value == {"v": 3}
+
+
+def test_a_key_that_is_not_there_any_more_is_not_used_by_who_remembers_it(postgres_url):
+    with (
+        SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as one,
+        SemanticStore.from_conn_string(postgres_url, keyring=KEYRING) as other,
+    ):
+        one.put(("ann",), "k", {"v": 1})
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute("DELETE FROM vat_store_keys")
+        with pytest.raises(SealError, match="taken away"):
+            one.put(("ann",), "l", {"v": 2})
+        one.delete(("ann",), "k")
+        one.put(("ann",), "l", {"v": 3})
+        assert other.get(("ann",), "l").value == {"v": 3}
 
 
 def test_a_store_remembers_the_keys_of_roots_that_it_used_of_late(postgres_url, monkeypatch):

@@ -6,13 +6,21 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 from langgraph.checkpoint.base import empty_checkpoint
 
-from langgraph_vat import ConfigurationError, HybridSaver, Keyring, SchemaError, Vat
+from langgraph_vat import (
+    ConfigurationError,
+    HybridSaver,
+    Keyring,
+    SchemaError,
+    StrictSerializer,
+    Vat,
+)
 from langgraph_vat._hot import scripts
 
 CONFIG = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
@@ -178,6 +186,22 @@ def test_the_environment_says_where(monkeypatch, postgres_url, redis_url):
         for _ in range(3):
             vat.checkpointer.put(CONFIG, empty_checkpoint(), {}, {})
         assert _stored(postgres_url) == 3
+
+
+def test_beside_the_environment_all_can_be_given_that_connect_takes(monkeypatch, postgres_url):
+    monkeypatch.setenv("LANGGRAPH_VAT_POSTGRES", postgres_url)
+    monkeypatch.setenv("LANGGRAPH_VAT_FLUSH_EVERY", "3")
+    with Vat.from_env() as plain:
+        plain.store.put(("a",), "k", {"n": 1})
+    monkeypatch.setenv("LANGGRAPH_VAT_KEYS", Keyring.generate().export_secret_text())
+    serde = StrictSerializer()
+    until = datetime.now(UTC) + timedelta(hours=1)
+    with Vat.from_env(serde=serde, accept_plaintext=until, flush_every=5) as vat:
+        assert vat.checkpointer.serde is serde
+        assert vat.checkpointer._shared.settings.flush_every == 5
+        assert vat.seal_existing() == (1, 1, 0)
+    with pytest.raises(ConfigurationError, match="no setting is called"):
+        Vat.from_env(flush_evry=1)
 
 
 def test_schemas_are_made_and_share_nothing(postgres_url):

@@ -18,6 +18,7 @@ FIND_THREAD: LiteralString = """
 SELECT t.generation::text, t.history, t.data_key, t.thread_id IS NULL AND (
     EXISTS (SELECT FROM checkpoints WHERE thread_id = %(thread)s)
     OR EXISTS (SELECT FROM checkpoint_writes WHERE thread_id = %(thread)s)
+    OR EXISTS (SELECT FROM checkpoint_blobs WHERE thread_id = %(thread)s)
 )
 FROM (VALUES (1)) AS one
 LEFT JOIN vat_threads t ON t.thread_id = %(thread)s
@@ -930,6 +931,11 @@ SELECT thread_id FROM (
     (SELECT thread_id FROM checkpoint_writes w
      WHERE thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
      AND NOT EXISTS (SELECT FROM vat_threads t WHERE t.thread_id = w.thread_id)
+     ORDER BY thread_id LIMIT 1)
+    UNION ALL
+    (SELECT thread_id FROM checkpoint_blobs b
+     WHERE thread_id > %(after)s AND starts_with(thread_id, %(prefix)s)
+     AND NOT EXISTS (SELECT FROM vat_threads t WHERE t.thread_id = b.thread_id)
      ORDER BY thread_id LIMIT 1)
 ) AS s
 ORDER BY thread_id LIMIT 1

@@ -71,7 +71,7 @@ FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(updated)s::timestamptz[])
     AS n (prefix, key, updated_at)
 JOIN store s ON s.prefix = n.prefix AND s.key = n.key
 WHERE s.updated_at IS NOT DISTINCT FROM n.updated_at
-ORDER BY s.prefix COLLATE "C", s.key COLLATE "C" FOR NO KEY UPDATE OF s
+ORDER BY s.prefix COLLATE "C", s.key FOR NO KEY UPDATE OF s
 """
 
 # Whoever deletes the row has indexed the item; of two nobody does it twice.

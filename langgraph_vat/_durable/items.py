@@ -12,6 +12,8 @@ from psycopg import sql
 
 from langgraph_vat._durable import embedding, namespaces
 from langgraph_vat._durable.namespaces import LIVING as _ALIVE
+from langgraph_vat._durable.namespaces import OF_ROOT as _OF_ROOT
+from langgraph_vat._durable.namespaces import ORDER as _ORDER
 from langgraph_vat._durable.namespaces import SCOPE as _SCOPE
 
 SCHEMA: tuple[LiteralString, ...] = (
@@ -111,8 +113,6 @@ USING {} (embedding {}){}""")
 
 FIND_KEYS: LiteralString = "SELECT root, data_key FROM vat_store_keys WHERE root = ANY(%(roots)s)"
 
-_OF_ROOT: LiteralString = "(s.prefix = %(root)s OR starts_with(s.prefix, %(root)s || '.'))"
-
 # Of two processes that add a key at once, both get the first one's. One that was
 # destroyed makes room for another when nothing is left that it sealed.
 ADD_KEY: LiteralString = (
@@ -128,46 +128,62 @@ RETURNING data_key
 """
 )
 
-# What begins so: whether a root has a data key is decided alone, and holds for all who
-# write in the clear until they commit.
-_GUARD: LiteralString = "hashtext('langgraph_vat plain root'), hashtext(root)"
+# What begins so: whether a root has a data key is decided alone, and holds for all who put
+# something there until they commit. As many locks as a batch can hold whatever it puts: some
+# roots share one.
+_GUARD: LiteralString = "hashtext(root) & 1023"
+_GUARDS: LiteralString = "hashtext('langgraph_vat root')"
 GUARD_ROOTS: LiteralString = (
     "SELECT pg_advisory_xact_lock_shared("
+    + _GUARDS
+    + ", r.guard) FROM (SELECT DISTINCT "
     + _GUARD
-    + ") FROM (SELECT unnest(%(roots)s::text[]) AS root ORDER BY 1) AS r"
+    + " AS guard FROM unnest(%(roots)s::text[]) AS n (root) ORDER BY 1) AS r"
 )
 GUARD_ROOT_ALONE: LiteralString = (
-    "SELECT pg_advisory_xact_lock(" + _GUARD + ") FROM (VALUES (%(root)s::text)) AS r (root)"
+    "SELECT pg_advisory_xact_lock("
+    + _GUARDS
+    + ", "
+    + _GUARD
+    + ") FROM (VALUES (%(root)s::text)) AS n (root)"
 )
 
 # Of these roots those that have items, and no data key. Two ranges, as in `namespaces`: each is
 # looked up, however many items there are.
-PLAIN_ROOTS: LiteralString = """
+PLAIN_ROOTS: LiteralString = (
+    """
 SELECT r.root FROM unnest(%(roots)s::text[]) AS r (root)
 WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
-AND (EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" = r.root)
+AND (EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" = r.root AND """
+    + _ALIVE
+    + """)
     OR EXISTS (SELECT FROM store s WHERE s.prefix COLLATE "C" >= r.root || '.'
-               AND s.prefix COLLATE "C" < r.root || '/'))
+               AND s.prefix COLLATE "C" < r.root || '/' AND """
+    + _ALIVE
+    + """))
 """
+)
 
-NEXT_PLAIN_ROOTS: LiteralString = """
-SELECT r.root FROM (
-    SELECT DISTINCT split_part(s.prefix, '.', 1) AS root FROM store s
-    WHERE split_part(s.prefix, '.', 1) > %(after)s
-    AND (%(only)s = '' OR starts_with(s.prefix, %(only)s || '.'))
-) AS r
-WHERE NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = r.root)
-ORDER BY r.root LIMIT %(limit)s
-"""
-
-PLAIN_ITEMS: LiteralString = (
+# What has expired is not left in the clear beside a data key. One that is refreshed just now is
+# waited for, and lives.
+SWEEP_ROOT: LiteralString = (
     """
-SELECT s.prefix, s.key, s.value, s.vat_type, s.vat_value FROM store s
-WHERE (s.prefix, s.key) > (%(prefix)s, %(key)s) AND """
+DELETE FROM store s USING (
+    SELECT s.prefix, s.key FROM store s WHERE s.expires_at <= now() AND """
     + _OF_ROOT
-    + """
-ORDER BY s.prefix, s.key LIMIT %(limit)s FOR UPDATE
+    + _ORDER
+    + """ FOR UPDATE
+) AS n
+WHERE s.prefix = n.prefix AND s.key = n.key
 """
+)
+
+# A page of those of a root that gets a data key.
+PLAIN_ITEMS: LiteralString = (
+    "SELECT s.prefix, s.key, s.value, s.vat_type, s.vat_value FROM store s WHERE "
+    + namespaces.NEXT
+    + namespaces.IN_ORDER
+    + " FOR UPDATE"
 )
 
 SEAL_ITEMS: LiteralString = """
@@ -198,9 +214,8 @@ SEALED_ITEMS: LiteralString = (
 SELECT s.prefix, s.key, s.vat_type, s.vat_value FROM store s
 WHERE substr(s.vat_value, 1, length(%(header)s)) <> %(header)s AND """
     + _OF_ROOT
-    + """
-ORDER BY s.prefix, s.key LIMIT %(limit)s OFFSET %(left)s FOR UPDATE
-"""
+    + _ORDER
+    + " LIMIT %(limit)s OFFSET %(left)s FOR UPDATE"
 )
 
 RESEAL_ITEMS: LiteralString = """
@@ -270,32 +285,57 @@ WHERE """
     + _ALIVE
 )
 
-REFRESH: LiteralString = """
+REFRESH: LiteralString = (
+    """
 UPDATE store s
 SET expires_at = now() + coalesce(s.vat_ttl, s.ttl_minutes) * interval '1 minute'
-FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+FROM (
+    SELECT s.prefix, s.key FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+    JOIN store s ON s.prefix = n.prefix AND s.key = n.key
+    WHERE coalesce(s.vat_ttl, s.ttl_minutes) IS NOT NULL"""
+    + _ORDER
+    + """ FOR NO KEY UPDATE OF s
+) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key
-AND coalesce(s.vat_ttl, s.ttl_minutes) IS NOT NULL
 """
+)
 
-# An item put over an expired one is new.
-PUT: LiteralString = """
+# An item put over an expired one is new. Nothing is put, and it fails, unless the roots have these
+# very data keys, or none: nobody waits for its rows, so an error is all that is heard of it.
+PUT: LiteralString = (
+    """
 INSERT INTO store AS s (prefix, key, value, vat_type, vat_value, vat_ttl, ttl_minutes, expires_at)
-SELECT prefix, key, value::jsonb, type, exact, ttl, ceil(ttl), now() + ttl * interval '1 minute'
+SELECT s.prefix, s.key, s.value::jsonb, s.type, s.exact, s.ttl, ceil(s.ttl),
+    now() + s.ttl * interval '1 minute'
 FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(values)s::text[], %(types)s::text[],
             %(exacts)s::bytea[], %(ttls)s::float8[])
-    AS n (prefix, key, value, type, exact, ttl)
+    AS s (prefix, key, value, type, exact, ttl)
+WHERE ln((NOT EXISTS (
+    SELECT FROM unnest(%(roots)s::text[], %(data_keys)s::bytea[]) AS r (root, data_key)
+    LEFT JOIN vat_store_keys k ON k.root = r.root
+    WHERE k.data_key IS DISTINCT FROM r.data_key
+))::int) = 0"""
+    + _ORDER
+    + """
 ON CONFLICT (prefix, key) DO UPDATE
 SET value = excluded.value, vat_type = excluded.vat_type, vat_value = excluded.vat_value,
     vat_ttl = excluded.vat_ttl, ttl_minutes = excluded.ttl_minutes,
     expires_at = excluded.expires_at, updated_at = now(),
     created_at = CASE WHEN s.expires_at <= now() THEN now() ELSE s.created_at END
 """
+)
 
-DELETE: LiteralString = """
-DELETE FROM store s USING unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+DELETE: LiteralString = (
+    """
+DELETE FROM store s USING (
+    SELECT s.prefix, s.key FROM unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
+    JOIN store s ON s.prefix = n.prefix AND s.key = n.key"""
+    + _ORDER
+    + """ FOR UPDATE OF s
+) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key
 """
+)
 
 DELETE_VECTORS: LiteralString = """
 DELETE FROM store_vectors v USING unnest(%(prefixes)s::text[], %(keys)s::text[]) AS n (prefix, key)
@@ -312,7 +352,8 @@ FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(fields)s::text[], %(embedd
 SWEEP: LiteralString = """
 DELETE FROM store s USING (
     SELECT prefix, key FROM store
-    WHERE expires_at <= now() AND (%(only)s = '' OR starts_with(prefix, %(only)s || '.'))
+    WHERE expires_at <= now() AND (%(only)s = '' OR prefix COLLATE "C" >= %(only)s || '.'
+                                   AND prefix COLLATE "C" < %(only)s || '/')
     LIMIT 1000 FOR UPDATE SKIP LOCKED
 ) AS n
 WHERE s.prefix = n.prefix AND s.key = n.key RETURNING 1

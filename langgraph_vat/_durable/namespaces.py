@@ -17,6 +17,15 @@ from psycopg import sql
 
 LIVING: LiteralString = "(s.expires_at IS NULL OR s.expires_at > now())"
 
+# All that is under a first label.
+OF_ROOT: LiteralString = """
+(s.prefix COLLATE "C" = %(root)s::text
+ OR s.prefix COLLATE "C" >= %(root)s::text || '.' AND s.prefix COLLATE "C" < %(root)s::text || '/')
+"""
+
+# Whoever locks several items does it in this order.
+ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key'
+
 # Which items a search is about. Of all there are, those of no tenant.
 SCOPE: LiteralString = (
     """
@@ -26,20 +35,20 @@ AND """
     + LIVING
 )
 
-INDEX: LiteralString = """
-DO $$ BEGIN
-    IF EXISTS (
-        SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
-        WHERE a.attrelid = 'store'::regclass AND a.attname = 'prefix' AND c.collname <> 'C'
-    ) THEN
+# Whether the primary key has another order.
+_OTHER_ORDER: LiteralString = """
+SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
+WHERE a.attrelid = to_regclass('store') AND a.attname = 'prefix' AND c.collname <> 'C'
+"""
+INDEX: LiteralString = (
+    "DO $$ BEGIN IF EXISTS ("
+    + _OTHER_ORDER
+    + """) THEN
         CREATE INDEX IF NOT EXISTS vat_store_prefix ON store (prefix COLLATE "C", key);
     END IF;
 END $$"""
-LACKS_INDEX: LiteralString = """
-SELECT FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation
-WHERE a.attrelid = to_regclass('store') AND a.attname = 'prefix' AND c.collname <> 'C'
-AND to_regclass('vat_store_prefix') IS NULL
-"""
+)
+LACKS_INDEX: LiteralString = _OTHER_ORDER + "AND to_regclass('vat_store_prefix') IS NULL"
 
 # From one namespace to the next, by two look-ups each, however many items it has. Where a
 # namespace that is shown in part has been found, all others of that part are jumped over, and
@@ -80,6 +89,26 @@ WITH RECURSIVE steps (namespace, bound) AS (
 SELECT n.namespace FROM (SELECT DISTINCT namespace FROM steps WHERE namespace IS NOT NULL) AS n
 ORDER BY n.namespace COLLATE "C" LIMIT %(limit)s OFFSET %(offset)s"""
 )
+
+# First labels in the same way, which come twice if a namespace is one alone and others are below
+# it; and whether they have no data key.
+ROOTS: LiteralString = """
+WITH RECURSIVE steps (root, bound) AS (
+    SELECT NULL::text COLLATE "C", %(bound)s::text COLLATE "C"
+    UNION ALL
+    SELECT split_part(found.prefix, '.', 1), CASE
+        WHEN strpos(found.prefix, '.') > 0 THEN split_part(found.prefix, '.', 1) || '/'
+        ELSE found.prefix || chr(1)
+    END COLLATE "C"
+    FROM steps CROSS JOIN LATERAL (
+        SELECT s.prefix COLLATE "C" AS prefix FROM store s WHERE s.prefix COLLATE "C" >= steps.bound
+        AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
+        ORDER BY s.prefix COLLATE "C" LIMIT 1
+    ) AS found
+)
+SELECT t.bound, t.root, NOT EXISTS (SELECT FROM vat_store_keys k WHERE k.root = t.root)
+FROM (SELECT * FROM steps WHERE root IS NOT NULL LIMIT %(limit)s) AS t ORDER BY t.bound
+"""
 
 # More labels than a namespace can have.
 _MOST_LABELS = 2_000
@@ -143,7 +172,7 @@ COUNT: LiteralString = (
 NEXT: LiteralString = """
 s.prefix COLLATE "C" >= %(first)s AND (%(end)s::text IS NULL OR s.prefix COLLATE "C" < %(end)s)
 AND (s.prefix COLLATE "C", s.key) > (%(after_prefix)s, %(after_key)s)"""
-IN_ORDER: LiteralString = ' ORDER BY s.prefix COLLATE "C", s.key LIMIT %(limit)s'
+IN_ORDER: LiteralString = ORDER + " LIMIT %(limit)s"
 
 PAGE: LiteralString = (
     "SELECT {columns} FROM store s WHERE " + NEXT + " AND {filter} AND " + LIVING + IN_ORDER

@@ -9,7 +9,7 @@ import redis
 import redis.asyncio
 
 from langgraph_vat._io.pool import AnswerTimeoutError, PoolTimeoutError
-from langgraph_vat._io.protocols import HotTierError, LockTimeoutError
+from langgraph_vat._io.protocols import ChangedError, HotTierError, LockTimeoutError
 from langgraph_vat.errors import ConfigurationError, RefusedError, SchemaError, UnavailableError
 
 # Redis answers, but cannot take a write or does not know the data: replies of
@@ -110,7 +110,9 @@ def map_postgres() -> Iterator[None]:
         raise refused from None  # what Postgres says may quote the row
 
 
-def _refused(error: psycopg.DatabaseError) -> RefusedError:
+def _refused(error: psycopg.DatabaseError) -> RefusedError | ChangedError:
+    if isinstance(error, psycopg.errors.InvalidArgumentForLogarithm):  # only `items.PUT` asks
+        return ChangedError()
     where = [
         f"{kind} {name!r}"
         for kind, name in (

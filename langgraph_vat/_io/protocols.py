@@ -9,6 +9,7 @@ exceptions are mapped where a verb is implemented, and nowhere else:
   data -> `RefusedError`
 - Redis does not answer, or refuses to write -> `HotTierError`, which the
   operations turn into a detour through Postgres. It never reaches a caller.
+- what a statement was to make sure of is not so -> `ChangedError`
 - an embedder raises anything, or does not answer -> `EmbedderError`
 """
 
@@ -46,6 +47,10 @@ class EmbedderError(Exception):
         self.kind = kind
         self.is_lasting = is_lasting
         self.was_shared = was_shared
+
+
+class ChangedError(Exception):
+    """What a transaction relies on was changed: begin again. It never reaches a caller."""
 
 
 class LockTimeoutError(UnavailableError):

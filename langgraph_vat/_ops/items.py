@@ -4,17 +4,22 @@ The store's operations, a batch at a time.
 1. Everything that can be refused is refused before anything is written.
 2. What is to be embedded is embedded before a transaction is open, each text once. An
    item whose texts cannot be embedded now is stored, and queued for it.
-3. The batch runs in one transaction, in runs of writes and of reads. A read
+3. What is put is sealed by the data key that its root has at the commit, or in the clear if it
+   has none: under a lock, by which nobody gives or destroys one meanwhile, Postgres compares it
+   with the one that was used. If it is another one the batch begins again.
+4. The batch runs in one transaction, in runs of writes and of reads. A read
    sees the writes before it in the batch; of several writes of one key in a
    run the last one counts. A run of gets is one statement, so is a run's puts.
-4. An item's vectors are replaced with it: no vector outlives its text.
+5. Rows are locked in one order by all statements, and what was read is refreshed by the last one
+   of a batch: two batches do not wait for each other, nor does whoever seals.
+6. An item's vectors are replaced with it: no vector outlives its text.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -38,7 +43,7 @@ from langgraph_vat._durable import items as sql
 from langgraph_vat._durable import namespaces
 from langgraph_vat._durable.filters import check_filter, matches
 from langgraph_vat._durable.rows import columns
-from langgraph_vat._io.protocols import Backend, Durable, Row, Runner, Session
+from langgraph_vat._io.protocols import Backend, ChangedError, Durable, Row, Runner, Session
 from langgraph_vat._ops import ranking, search
 from langgraph_vat._ops.address import Space
 from langgraph_vat._ops.embedding import Embedded, Embedding, embed_documents, embed_queries
@@ -53,7 +58,13 @@ from langgraph_vat._seal.associated_data import associated_data
 from langgraph_vat._seal.blind_index import BLIND, IndexKey
 from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat._seal.data_key import DataKey
-from langgraph_vat.errors import InvalidInputError, SealError, ShreddedError, VatError
+from langgraph_vat.errors import (
+    InvalidInputError,
+    SealError,
+    ShreddedError,
+    UnavailableError,
+    VatError,
+)
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.serde import codec_for
 from langgraph_vat.settings import Settings
@@ -67,12 +78,26 @@ _KEY_S = 60.0
 _MOST_KEYS, _IN_USE_S = 10_000, 600.0
 # The column's type is int; so many minutes are 4,083 years.
 _MOST_TTL = 2**31 - 1
+# Within so many somebody who puts an item finds the data keys as they were a moment ago.
+_MOST_ROUNDS = 8
 # More than any table has, and less than Postgres counts to, whatever a search multiplies it by.
 _MOST_ITEMS = 2**48
 # As `sql.ITEM` has them; a search adds a distance.
 _ITEM_COLUMNS = 8
 # Stands in the readable value for a field that JSON cannot hold: equal to nothing, but there.
 _HIDDEN = {"__vat__": "exact"}
+
+
+class RootKey(NamedTuple):
+    """The data key of a root, as it is stored and as it is used: empty, and None, if shredded."""
+
+    wrapped: bytes
+    data_key: DataKey | None
+
+
+# Those of some roots, as one operation goes by them from beginning to end: meanwhile another
+# one may learn of a key that the rows of this one are from before.
+_Keys: TypeAlias = Mapping[str, RootKey]
 
 
 @dataclass(slots=True)
@@ -89,8 +114,8 @@ class Items:
     """What embeds for the index, if there is one."""
     texts: TextIndex | None = None
     """What is found by words."""
-    data_keys: dict[str, DataKey | None] = field(default_factory=dict)
-    """Of roots; None of one that was shredded."""
+    data_keys: dict[str, RootKey] = field(default_factory=dict)
+    """Of roots that have one."""
     opened_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
     """When each of them was asked for, the latest last."""
     opened: OpenedKeys = field(default_factory=OpenedKeys)
@@ -115,8 +140,12 @@ class _Plan:
     embedded: Embedded
     """Texts of documents."""
     queries: dict[str, str]
-    plain: list[str]
-    """Roots that have items in the clear, and no data key."""
+    roots: list[str]
+    """Those that something is put into."""
+    keys: _Keys = field(default_factory=dict)
+    """Their data keys; none of those that it is put into in the clear."""
+    read: set[tuple[str, str]] = field(default_factory=set)
+    """Items that live longer because they were read."""
 
 
 async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op]) -> list[Result]:
@@ -133,9 +162,9 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
     plan = await _prepare(items, backend, listed)
 
     async def body(session: Session) -> list[Result]:
-        if plan.plain:
-            await session.execute(sql.GUARD_ROOTS, {"roots": plan.plain})
-            await _open_keys(items, session, session, plan.plain, plan.plain)
+        if plan.roots:
+            await session.execute(sql.GUARD_ROOTS, {"roots": plan.roots})
+        plan.read.clear()  # of a run that was rolled back
         results: list[Result] = [None] * len(listed)
         runs = itertools.groupby(enumerate(listed), key=lambda pair: _kind(pair[1]))
         for kind, run in runs:
@@ -146,9 +175,40 @@ async def batch(items: Items, backend: Backend, space: Space, ops: Iterable[Op])
                 found = await _read(items, session, space, plan, kind, [op for _, op in pairs])
                 for (position, _), result in zip(pairs, found, strict=True):
                     results[position] = result
+        if plan.read:
+            await session.execute(sql.REFRESH, columns([*plan.read], "prefixes", "keys"))
         return results
 
-    return _shown(space, await backend.durable.transact(body))
+    return _shown(space, await _transact(items, backend, plan, body))
+
+
+async def _transact(
+    items: Items,
+    backend: Backend,
+    plan: _Plan,
+    body: Callable[[Session], Awaitable[list[Result]]],
+) -> list[Result]:
+    """Run a batch with the data keys that its roots have when it commits."""
+    for _ in range(_MOST_ROUNDS):
+        if items.keyring is not None:
+            plan.keys = await _add_keys(items, backend, set(plan.roots))
+        try:
+            return await backend.durable.transact(body)
+        except ChangedError:
+            if items.keyring is None:
+                await _refuse_sealed(backend, plan.roots)
+    raise UnavailableError(
+        "the data keys of what is to be put are replaced again and again; nothing was written."
+        " Repeat it."
+    )
+
+
+async def _refuse_sealed(backend: Backend, roots: Sequence[str]) -> None:
+    for root, _ in await backend.durable.fetch(sql.FIND_KEYS, {"roots": roots}):
+        raise SealError(
+            f"namespaces that begin with {root!r} are sealed and this store has no keyring, so"
+            " nothing is put beside what they hold; nothing was written. Pass keyring=."
+        )
 
 
 def _kind(op: Op) -> type[Op]:
@@ -310,13 +370,11 @@ def _check_length(namespace: Sequence[str], key: str) -> None:
 
 
 async def _prepare(items: Items, backend: Backend, ops: list[Op]) -> _Plan:
-    plan = _Plan(ops, Embedded(), {}, [])
+    kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
+    plan = _Plan(ops, Embedded(), {}, sorted({op.namespace[0] for op in kept}))
     if items.embedding is not None:
         await _embed(items.embedding, backend, plan)
-    if items.keyring is not None:
-        await open_tokens(items, backend)
-        kept = (op for op in ops if isinstance(op, PutOp) and op.value is not None)
-        plan.plain = await _add_keys(items, backend, {op.namespace[0] for op in kept})
+    await open_tokens(items, backend)
     return plan
 
 
@@ -341,41 +399,43 @@ def key_place(root: str) -> bytes:
     return associated_data("data key", "store", root)
 
 
-async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> list[str]:
+async def _add_keys(items: Items, backend: Backend, roots: set[str]) -> _Keys:
     """
-    Have the data keys of roots to write to.
+    Return the data keys of roots to write to.
 
-    They are asked for each time: another process may have destroyed one a moment ago, and
-    what that key sealed is lost.
-
-    Returns:
-        Those that have none, because they have items in the clear, and may.
+    They are asked for each time: another process may have destroyed one a moment ago. Some
+    have none, because they have items in the clear, and may.
 
     Raises:
         SealError: They have such items, and may not.
     """
     await _open_keys(items, backend.durable, backend, roots, roots)
-    missing = sorted(root for root in roots if items.data_keys.get(root) is None)
+    keys = _known(items, roots)
+    missing = sorted(root for root in roots if root not in keys or keys[root].data_key is None)
     found = await backend.durable.fetch(sql.PLAIN_ROOTS, {"roots": missing}) if missing else ()
     plain = {root for (root,) in found}
     for root in missing:
-        if root not in plain and not await _add_key(items, backend, root):
+        added = None if root in plain else await _add_key(items, backend, root)
+        if added is not None:
+            keys[root] = added
+        else:
             plain.add(root)
     if plain and not items.may_be_plain:
         raise SealError(
-            f"items under the first label {min(plain)!r} were written without encryption and this"
-            " store has a keyring, so nothing is written beside them; nothing was changed. Set"
-            " accept_plaintext= and have seal_existing() seal them, or delete them."
+            f"items under the first label {min(plain)!r} were written without encryption, or their"
+            " data key was taken away, and this store has a keyring, so nothing is written beside"
+            " them; nothing was changed. Set accept_plaintext= and have seal_existing() seal them,"
+            " or delete them."
         )
-    return sorted(plain)
+    return keys
 
 
-async def _add_key(items: Items, backend: Backend, root: str) -> bool:
+async def _add_key(items: Items, backend: Backend, root: str) -> RootKey | None:
     """
     Give a root a data key, committed before it is used.
 
     Returns:
-        Whether it has one: not if somebody put an item there in the clear just now.
+        The one that it has; none if somebody put an item there in the clear just now.
     """
     assert items.keyring is not None
     data_key = DataKey.generate(items.keyring.cipher)
@@ -383,48 +443,56 @@ async def _add_key(items: Items, backend: Backend, root: str) -> bool:
 
     async def body(session: Session) -> list[Row]:
         await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})
+        await session.execute(sql.SWEEP_ROOT, {"root": root})
         if await session.fetch(sql.PLAIN_ROOTS, {"roots": [root]}):
             return []
         return await session.fetch(sql.ADD_KEY, {"root": root, "data_key": wrapped})
 
     found = await backend.durable.transact(body)
-    if found:
-        await _remember(items, backend, root, found[0][0])
-    return bool(found)
+    return await _remember(items, backend, root, found[0][0]) if found else None
 
 
-async def _opened(items: Items, session: Session, rows: Sequence[Row]) -> list[Row]:
+async def _opened(items: Items, session: Session, rows: Sequence[Row]) -> tuple[list[Row], _Keys]:
     """
-    Return items whose data keys are open, as far as they have any.
+    Return items, and the data keys of their roots as far as they have any.
 
     Those that were read in the clear, just before their root was sealed, are read again.
     """
-    await _open_rows(items, session, rows)
-    torn = [row[:2] for row in rows if _is_torn(items, row)]
+    keys = await _open_rows(items, session, rows)
+    torn = [row[:2] for row in rows if _is_torn(keys, row)]
     if not torn:
-        return list(rows)
+        return list(rows), keys
     found = await session.fetch(sql.GET, columns(torn, "prefixes", "keys"))
     again = {(row[0], row[1]): row for row in found}
-    await _open_rows(items, session, found)
-    return [
+    latest = [
         (*again[row[:2]], *row[_ITEM_COLUMNS:]) if row[:2] in again else row
         for row in rows
-        if row[:2] in again or not _is_torn(items, row)
+        if row[:2] in again or not _is_torn(keys, row)
     ]
+    return latest, {**keys, **await _open_rows(items, session, found)}
 
 
-def _is_torn(items: Items, row: Row) -> bool:
-    return items.data_keys.get(_root(row[0])) is not None and not is_sealed(row[3] or "")
+def _is_torn(keys: _Keys, row: Row) -> bool:
+    known = keys.get(_root(row[0]))
+    return known is not None and known.data_key is not None and not is_sealed(row[3] or "")
 
 
-async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> None:
+async def _open_rows(items: Items, session: Session, rows: Sequence[Row]) -> _Keys:
     """Open the data keys of items; once more of those that were sealed by one not known yet."""
-    other = set()
+    roots = {_root(row[0]) for row in rows}
+    keys, other = _known(items, roots), set()
     for prefix, _, _, type_, exact, *_ in rows:
-        known = items.data_keys.get(_root(prefix))
-        if type_ is not None and known is not None and not known.can_open(exact):
+        known = keys.get(_root(prefix))
+        data_key = known.data_key if known is not None else None
+        if type_ is not None and data_key is not None and not data_key.can_open(exact):
             other.add(_root(prefix))
-    await _open_keys(items, session, session, (_root(row[0]) for row in rows), other)
+    await _open_keys(items, session, session, roots, other)
+    return _known(items, roots)
+
+
+def _known(items: Items, roots: Iterable[str]) -> dict[str, RootKey]:
+    found = {root: items.data_keys.get(root) for root in roots}
+    return {root: known for root, known in found.items() if known is not None}
 
 
 async def _open_keys(
@@ -450,24 +518,33 @@ async def _open_keys(
     wanted = {root for root in roots if items.opened_at.get(root, since) <= since} | {*other}
     if items.keyring is None or not wanted:
         return
-    for root, wrapped in await source.fetch(sql.FIND_KEYS, {"roots": sorted(wanted)}):
+    rows = await source.fetch(sql.FIND_KEYS, {"roots": sorted(wanted)})
+    for root in wanted - {row[0] for row in rows}:  # what it seals nobody else could open
+        _forget(items, root)
+    for root, wrapped in rows:
         await _remember(items, runner, root, wrapped)
 
 
-async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> None:
+async def _remember(items: Items, runner: Runner, root: str, wrapped: bytes) -> RootKey:
     assert items.keyring is not None
     key = None
     if wrapped != SHREDDED:
         place = key_place(root)
         key = await unwrap_key(runner, items.keyring, items.opened, wrapped, place)
-    items.data_keys[root] = key
+    known = items.data_keys[root] = RootKey(wrapped, key)
     items.opened_at[root] = now()
     items.opened_at.move_to_end(root)
     while len(items.opened_at) > _MOST_KEYS:
         oldest, asked_at = next(iter(items.opened_at.items()))
         if asked_at > now() - _IN_USE_S:
             break
-        del items.data_keys[oldest], items.opened_at[oldest]
+        _forget(items, oldest)
+    return known
+
+
+def _forget(items: Items, root: str) -> None:
+    items.data_keys.pop(root, None)
+    items.opened_at.pop(root, None)
 
 
 async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
@@ -485,17 +562,18 @@ async def _embed(embedding: Embedding, backend: Backend, plan: _Plan) -> None:
 
 
 async def _put(items: Items, session: Session, plan: _Plan, ops: list[PutOp]) -> None:
-    # Sorted: two batches that lock the same rows do so in the same order.
-    last = dict(sorted({(".".join(op.namespace), op.key): op for op in ops}.items()))
+    last = {(".".join(op.namespace), op.key): op for op in ops}
     kept = {place: op for place, op in last.items() if op.value is not None}
     gone = [place for place in last if place not in kept]
     if gone:
         await session.execute(sql.DELETE, columns(gone, "prefixes", "keys"))
     if not kept:
         return
-    rows = [(*place, *_encode(items, place, op), op.ttl) for place, op in kept.items()]
+    rows = [(*place, *_encode(items, plan.keys, place, op), op.ttl) for place, op in kept.items()]
     names = ("prefixes", "keys", "values", "types", "exacts", "ttls")
-    await session.execute(sql.PUT, columns(rows, *names))
+    wrapped = [plan.keys[root].wrapped if root in plan.keys else None for root in plan.roots]
+    expected = {"roots": plan.roots, "data_keys": wrapped}
+    await session.execute(sql.PUT, columns(rows, *names) | expected)
     if items.index is not None:
         await _put_vectors(items.index, session, plan, kept)
     if items.texts is not None:
@@ -535,40 +613,42 @@ async def replace_vectors(
 
 
 def _encode(
-    items: Items, place: tuple[str, str], op: PutOp
+    items: Items, keys: _Keys, place: tuple[str, str], op: PutOp
 ) -> tuple[str, str | None, bytes | None]:
     """Return the readable value, and type and bytes of the exact one if they differ."""
     value = dict(op.value or {})
     root = _root(place[0])
-    if not _is_clear(items, root):
+    if not _is_clear(items, keys, root):
         shown = tokens(items, root, value)
     elif is_plain(value):
         return orjson.dumps(value).decode(), None, None
     else:
         shown = {k: v if is_plain(v) else _HIDDEN for k, v in value.items() if is_plain(k)}
         shown = {k: v for k, v in shown.items() if isinstance(k, str)}
-    type_, exact = _codec(items, place[0]).dump(value, *place)
+    type_, exact = _codec(items, keys, place[0]).dump(value, *place)
     return orjson.dumps(shown).decode(), type_, exact
 
 
-def _is_clear(items: Items, root: str) -> bool:
+def _is_clear(items: Items, keys: _Keys, root: str) -> bool:
     """Whether what a root has is in the clear, and may be."""
-    return root not in items.data_keys and items.may_be_plain
+    return root not in keys and items.may_be_plain
 
 
-def _codec(items: Items, prefix: str) -> Codec:
+def _codec(items: Items, keys: _Keys, prefix: str) -> Codec:
     root = _root(prefix)
-    if root not in items.data_keys and not items.may_be_plain:
+    if _is_clear(items, keys, root):
+        return codec_for(items.serde, None)
+    if root not in keys:
         raise SealError(
             "an item that must be sealed is not: its namespace has no key. It was not used. Write"
             " it again through this store, or read it with an unsealed one."
         )
-    if root in items.data_keys and items.data_keys[root] is None:
+    if keys[root].data_key is None:
         raise ShreddedError(
             f"namespaces that begin with {root!r} were shredded: their data key is destroyed and"
             " nobody can read what they hold. Delete the items, and it can be used again."
         )
-    return codec_for(items.serde, items.data_keys.get(root), "item", root)
+    return codec_for(items.serde, keys[root].data_key, "item", root)
 
 
 def _root(prefix: str) -> str:
@@ -582,28 +662,28 @@ async def _read(
     items: Items, session: Session, space: Space, plan: _Plan, kind: type, ops: Sequence[Any]
 ) -> list[Result]:
     if kind is GetOp:
-        return await _get(items, session, ops)
+        return await _get(items, session, plan, ops)
     if kind is SearchOp:
         return [await _search(items, session, plan, op) for op in ops]
     return [await _list_namespaces(session, space, op) for op in ops]
 
 
-async def _get(items: Items, session: Session, ops: Sequence[GetOp]) -> list[Result]:
+async def _get(items: Items, session: Session, plan: _Plan, ops: Sequence[GetOp]) -> list[Result]:
     places = [(".".join(op.namespace), op.key) for op in ops]
     rows = await session.fetch(sql.GET, columns(list(set(places)), "prefixes", "keys"))
-    rows = await _opened(items, session, rows)
+    rows, keys = await _opened(items, session, rows)
     found = {(row[0], row[1]): row for row in rows}
     wanted = [p for p, op in zip(places, ops, strict=True) if op.refresh_ttl]
-    await _refresh(session, [found[place] for place in wanted if place in found])
-    return [Item(**_decode(items, found[p])) if p in found else None for p in places]
+    _note_read(plan, [found[place] for place in wanted if place in found])
+    return [Item(**_decode(items, keys, found[p])) if p in found else None for p in places]
 
 
 def query_for(items: Items, session: Session, op: SearchOp, vector: str | None) -> search.Query:
     """Plan a search, by meaning if there is a vector, of values that may have to be opened."""
 
     async def matching(rows: list[Row]) -> list[Row]:
-        shown = _not_shredded(items, await _opened(items, session, rows))
-        return [row for row in shown if matches(_decode(items, row)["value"], op.filter)]
+        shown, keys = _not_shredded(*await _opened(items, session, rows))
+        return [row for row in shown if matches(_decode(items, keys, row)["value"], op.filter)]
 
     if items.keyring is not None or not is_plain(op.filter or {}):
         return search.prepare(op, items.index, vector, matching, _wanted_tokens(items, op))
@@ -615,10 +695,10 @@ async def _search(
 ) -> list[SearchItem]:
     query = query_for(items, session, op, plan.queries.get(op.query or ""))
     rows = await ranking.run(session, query, op.options)
-    rows = _not_shredded(items, await _opened(items, session, rows))
+    rows, keys = _not_shredded(*await _opened(items, session, rows))
     if op.refresh_ttl:
-        await _refresh(session, rows)
-    return [SearchItem(**_decode(items, row), score=row[-1]) for row in rows]
+        _note_read(plan, rows)
+    return [SearchItem(**_decode(items, keys, row), score=row[-1]) for row in rows]
 
 
 def _wanted_tokens(items: Items, op: SearchOp) -> dict[str, str]:
@@ -636,30 +716,29 @@ def _equal_to(condition: Any) -> Any:
     return condition.get("$eq") if isinstance(condition, Mapping) else condition
 
 
-def _not_shredded(items: Items, rows: list[Row]) -> list[Row]:
-    """Return the items that can be read: a search is about what there is to find."""
-    return [row for row in rows if items.data_keys.get(_root(row[0]), "") is not None]
+def _not_shredded(rows: list[Row], keys: _Keys) -> tuple[list[Row], _Keys]:
+    """Leave out the items that nobody can read: a search is about what there is to find."""
+    gone = {root for root, known in keys.items() if known.data_key is None}
+    return [row for row in rows if _root(row[0]) not in gone], keys
 
 
-async def _refresh(session: Session, rows: Sequence[Row]) -> None:
-    expiring = [(row[0], row[1]) for row in rows if row[7]]
-    if expiring:
-        await session.execute(sql.REFRESH, columns(expiring, "prefixes", "keys"))
+def _note_read(plan: _Plan, rows: Sequence[Row]) -> None:
+    plan.read.update((row[0], row[1]) for row in rows if row[7])
 
 
-def _decode(items: Items, row: Row) -> dict[str, Any]:
+def _decode(items: Items, keys: _Keys, row: Row) -> dict[str, Any]:
     try:
-        return _decoded(items, row)
+        return _decoded(items, keys, row)
     except VatError as error:
         error.add_note(f"This is of item {row[1]!r} of namespace {row[0]!r}.")
         raise
 
 
-def _decoded(items: Items, row: Row) -> dict[str, Any]:
+def _decoded(items: Items, keys: _Keys, row: Row) -> dict[str, Any]:
     prefix, key, value, type_, exact, created_at, updated_at = row[:7]
     if type_ is not None:
-        value = _codec(items, prefix).load(type_, exact, prefix, key)
-    elif not _is_clear(items, _root(prefix)):
+        value = _codec(items, keys, prefix).load(type_, exact, prefix, key)
+    elif not _is_clear(items, keys, _root(prefix)):
         raise SealError(
             f"item {key!r} of {prefix!r} must be sealed and is not. It was not used. Set"
             " accept_plaintext= and have seal_existing() seal it, write it again through this"
@@ -676,8 +755,8 @@ def _decoded(items: Items, row: Row) -> dict[str, Any]:
 
 async def value_in(items: Items, session: Session, row: Row) -> Any:
     """Return the value of an item as `sql.GET` selected it; None if it is gone meanwhile."""
-    rows = await _opened(items, session, [row])
-    return _decode(items, rows[0])["value"] if rows else None
+    rows, keys = await _opened(items, session, [row])
+    return _decode(items, keys, rows[0])["value"] if rows else None
 
 
 async def _list_namespaces(

@@ -2,10 +2,12 @@
 What is in the clear, sealed: a step, or the rows of a thread.
 
 A value keeps the bytes that the serializer made of it. Of a checkpoint there
-stays readable what does of one that was sealed from the first.
+stays readable what does of one that was sealed from the first. Of what cannot
+be sealed an error says where it stands, never what is in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ import orjson
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from langgraph_vat._durable import checkpoints as sql
-from langgraph_vat._durable.packing import unpack
+from langgraph_vat._durable.packing import PATCH, ZSTD, unpack
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Row, Session
 from langgraph_vat._ops.address import tenant_of
@@ -24,7 +26,7 @@ from langgraph_vat._ops.values import blob_place, encode_core, write_place
 from langgraph_vat._records import Blob, Core, Entry, PutEntry, Write
 from langgraph_vat._seal.codec import Codec, is_sealed
 from langgraph_vat._seal.legacy import LegacySerializer
-from langgraph_vat.errors import SealError
+from langgraph_vat.errors import SealError, UnreadableError, VatError
 from langgraph_vat.serde import codec_for
 
 # Rows that are in memory at once.
@@ -39,6 +41,47 @@ def is_in_the_clear(entry: Entry) -> bool:
     else:
         types = [write.type for write in entry.writes]
     return not all(map(is_sealed, types))
+
+
+def seal_value(
+    serde: SerializerProtocol, source: Codec, target: Codec, type_: str, data: bytes, *place: str
+) -> tuple[str, bytes]:
+    """
+    Return a value that `source` has, sealed by `target` for the same place.
+
+    Raises:
+        SealError: It is sealed already; or it is encrypted, and stays so.
+    """
+    type_, data = source.open(type_, data, *place)
+    if LegacySerializer.is_encrypted(type_.removesuffix(PATCH).removesuffix(ZSTD)):
+        if not isinstance(serde, LegacySerializer):
+            raise SealError(
+                "LangGraph's EncryptedSerializer wrote some of it, and sealed as they are these"
+                " values could not be read. Pass serde=LegacySerializer(), with that key."
+            )
+        type_, data = serde.decrypted(*unpack(type_, data))
+    return target.seal(type_, data, *place)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say of which row an error is; damaged ones, and serializers, may raise anything."""
+    try:
+        yield
+    except VatError as error:
+        error.add_note(f"This is of {what}.")
+        raise
+    except Exception as error:  # noqa: BLE001 - see above
+        found = UnreadableError(
+            f"{what} cannot be sealed ({type(error).__name__}): it is damaged. It was not changed."
+            " Restore it from a backup, or delete it."
+        )
+        raise found from None  # what was raised may quote it
+
+
+def told(error: Exception) -> str:
+    """Return what an error says, and where."""
+    return " ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 class Sealer:
@@ -68,15 +111,7 @@ class Sealer:
         Raises:
             SealError: It is sealed already; or it is encrypted, and stays so.
         """
-        type_, data = self._source.open(type_, data, *place)
-        if LegacySerializer.is_encrypted(type_):
-            if not isinstance(self._serde, LegacySerializer):
-                raise SealError(
-                    "LangGraph's EncryptedSerializer wrote some of it, and sealed as they are these"
-                    " values could not be read. Pass serde=LegacySerializer(), with that key."
-                )
-            type_, data = self._serde.decrypted(*unpack(type_, data))
-        return self._target.seal(type_, data, *place)
+        return seal_value(self._serde, self._source, self._target, type_, data, *place)
 
     def new(self, value: Any, *place: str) -> tuple[str, bytes]:
         """Return a value sealed that was not serialized yet."""
@@ -110,6 +145,7 @@ async def seal_thread(session: Session, thread_id: str, sealer: Sealer) -> int:
     Raises:
         SealError: One of them is sealed already.
         InvalidInputError: The serializer refuses what one of them holds.
+        UnreadableError: One of them is damaged, or of a class that is not there any more.
     """
     for key in await session.fetch(sql.ENCRYPTED_BASES, {"thread": thread_id}):
         # It gets other bytes, and is no base any more.
@@ -134,7 +170,9 @@ async def _seal_values(
     new = []
     for row in rows:
         *where, type_, data = row
-        new.append(kind.new(row, sealer.value(type_, data, *kind.place(*where))))
+        place = kind.place(*where)
+        with naming(f"the {place[0]} at {place[1:]}"):
+            new.append(kind.new(row, sealer.value(type_, data, *place)))
     await store(session, thread_id, kind, new)
 
 
@@ -144,12 +182,13 @@ async def _seal_checkpoints(
     new: list[tuple[Any, ...]] = []
     blobs: list[tuple[Any, ...]] = []
     for ns, checkpoint_id, stored, metadata, type_, exact in rows:
-        checkpoint, inline = _divided(stored)
-        versions = checkpoint["channel_versions"]
-        for channel, value in inline.items():
-            where = ns, channel, str(versions[channel])
-            blobs.append((thread_id, *where, *sealer.new(value, *blob_place(*where))))
-        core = sealer.core(checkpoint, metadata, (type_, exact), ns, checkpoint_id)
+        with naming(f"checkpoint {checkpoint_id!r} of namespace {ns!r}"):
+            checkpoint, inline = _divided(stored)
+            versions = checkpoint["channel_versions"]
+            for channel, value in inline.items():
+                where = ns, channel, str(versions[channel])
+                blobs.append((thread_id, *where, *sealer.new(value, *blob_place(*where))))
+            core = sealer.core(checkpoint, metadata, (type_, exact), ns, checkpoint_id)
         readable = core.checkpoint.decode(), core.metadata.decode()
         new.append((ns, checkpoint_id, *readable, core.exact_type, core.exact))
     if blobs:  # where there is a value already, what the checkpoint has only marks it

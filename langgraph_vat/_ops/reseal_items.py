@@ -15,7 +15,7 @@ import orjson
 from langgraph_vat._durable import items as sql
 from langgraph_vat._durable.rows import columns
 from langgraph_vat._io.protocols import Backend, Session
-from langgraph_vat._ops.items import Items, key_place, open_tokens, tokens
+from langgraph_vat._ops.items import Items, RootKey, key_place, open_tokens, tokens
 from langgraph_vat._ops.keys import unwrap_key, wrap_key
 from langgraph_vat._ops.reseal import is_due
 from langgraph_vat._ops.shared import SHREDDED
@@ -156,6 +156,7 @@ async def shred_root(items: Items, backend: Backend, root: str) -> None:
     """
 
     async def body(session: Session) -> bool:
+        await session.execute(sql.GUARD_ROOT_ALONE, {"root": root})  # what is being put is first
         if not root or not await session.fetch(sql.SET_KEY, {"root": root, "data_key": SHREDDED}):
             return False
         await session.execute(sql.FORGET_TOKENS, {"root": root})
@@ -165,4 +166,4 @@ async def shred_root(items: Items, backend: Backend, root: str) -> None:
         raise InvalidInputError(
             f"no sealed item was ever put under {root!r}, or it was shredded; nothing was changed"
         )
-    items.data_keys[root] = None
+    items.data_keys[root] = RootKey(SHREDDED, None)

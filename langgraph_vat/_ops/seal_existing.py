@@ -22,7 +22,7 @@ from langgraph_vat._durable import checkpoints as sql
 from langgraph_vat._hot import scripts
 from langgraph_vat._io.protocols import Backend, Hot, HotTierError, Session
 from langgraph_vat._ops.keys import wrap_key
-from langgraph_vat._ops.plain import Sealer, seal_thread
+from langgraph_vat._ops.plain import Sealer, seal_thread, told
 from langgraph_vat._ops.shared import Known, Shared, key_place, open_tokens, recount
 from langgraph_vat._ops.threads import change_history, find
 from langgraph_vat._ops.tiers import degrade
@@ -34,12 +34,15 @@ from langgraph_vat.errors import (
     RefusedError,
     SealError,
     UnavailableError,
+    UnreadableError,
 )
 from langgraph_vat.keyring import KeyWrapper
 from langgraph_vat.settings import Settings
 
 logger = logging.getLogger("langgraph_vat")
 
+# Of one thread or root, which is left; the others are sealed.
+REFUSALS = (SealError, InvalidInputError, RefusedError, UnreadableError)
 _PAGE = 256
 # Heads of one script.
 _MOST_HEADS = 500
@@ -71,6 +74,8 @@ async def seal_existing(
         params["after"] = rows[0][0]
         await find(shared, backend, rows[0][0], create=False)  # which adds its fence
     after, size, done = "", _PAGE, Sealed(0, 0, 0)
+    if not prefix:  # the pages begin behind it
+        done = await _seal_one(shared, backend, serde, "")
     while size == _PAGE:
         rows = await backend.durable.fetch(sql.PLAIN_THREADS, {**params, "after": after})
         for (after,) in rows:
@@ -91,8 +96,8 @@ async def _seal_one(
 
     try:
         await change_history(shared, backend, thread_id, body, needs_hot=True)
-    except (SealError, InvalidInputError, RefusedError) as error:
-        logger.warning("thread %r could not be sealed: %s", thread_id, error)
+    except REFUSALS as error:
+        logger.warning("thread %r could not be sealed: %s", thread_id, told(error))
         return Sealed(0, 0, 1)
     return done
 

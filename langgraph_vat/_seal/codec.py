@@ -131,37 +131,48 @@ class SealedCodec:
 
 
 def _dump(serde: SerializerProtocol, value: Any) -> tuple[str, bytes]:
+    has_json = isinstance(serde, JsonPlusSerializer)
     try:
         type_, data = serde.dumps_typed(value)
     except InvalidInputError:
         raise
     except Exception as error:
+        if has_json and (as_json := _dump_json(value)):
+            return as_json
         raise InvalidInputError(
             f"a value of type {type(value).__name__} cannot be serialized ({type(error).__name__});"
             " nothing was written. Keep it out of the state, or pass a serde= that can."
         ) from error
-    if type_ == "msgpack" and b"?" in data and isinstance(serde, JsonPlusSerializer):
-        return _dump_surrogates(value) or (type_, data)
+    if has_json and type_ == "msgpack" and b"?" in data and _has_surrogates(value):
+        return _dump_json(value) or (type_, data)
     return type_, data
 
 
-def _dump_surrogates(value: Any) -> tuple[str, bytes] | None:
-    """
-    Return what gives a JSON value with lone surrogates back equal; None for any other value.
-
-    JsonPlusSerializer writes "?" for them, in messages, too. Its older form,
-    which it still reads, can hold them; not a dict with a key "lc", for which it
-    looks there to make an object of it.
-    """
+def _has_surrogates(value: Any) -> bool:
+    """Whether a JSON value has some: JsonPlusSerializer writes "?" for them, in messages, too."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        text = json.dumps(value)
-        is_equal = '"lc"' not in text and json.loads(text) == value
-        return ("json", text.encode()) if is_equal else None
+        return True
     except (TypeError, ValueError, RecursionError):
         pass  # not JSON
-    return None
+    return False
+
+
+def _dump_json(value: Any) -> tuple[str, bytes] | None:
+    """
+    Return what gives a JSON value back equal; None for any other value.
+
+    JsonPlusSerializer's older form, which it still reads, can hold what msgpack cannot: lone
+    surrogates, and integers of more than 64 bits; not a dict with a key "lc", for which it looks
+    there to make an object of it.
+    """
+    try:
+        text = json.dumps(value)
+        is_equal = '"lc"' not in text and json.loads(text) == value
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return ("json", text.encode()) if is_equal else None
 
 
 def is_sealed(type_: str) -> bool:

@@ -52,7 +52,7 @@ class LegacySerializer(StrictSerializer):
     @staticmethod
     def is_encrypted(type_: str) -> bool:
         """Whether a type tag is that of what LangGraph's serializer encrypted."""
-        return type_.split("+")[1:2] == [_NAME]
+        return type_.split("+")[1:] == [_NAME]
 
     def decrypted(self, type_: str, data: bytes) -> tuple[str, bytes]:
         """
@@ -80,12 +80,12 @@ class _Eax:
     def decrypt(self, message: bytes) -> bytes:
         from Crypto.Cipher import AES
 
-        nonce, rest = message[:_NONCE_BYTES], message[_NONCE_BYTES:]
-        tag, ciphertext = rest[:_TAG_BYTES], rest[_TAG_BYTES:]
         try:
+            nonce, rest = message[:_NONCE_BYTES], message[_NONCE_BYTES:]
+            tag, ciphertext = rest[:_TAG_BYTES], rest[_TAG_BYTES:]
             cipher = AES.new(self._key, AES.MODE_EAX, nonce=nonce)
             plain: bytes = cipher.decrypt_and_verify(ciphertext, tag)
-        except ValueError:
+        except (ValueError, TypeError):  # it is too short, or is not there
             raise SealError(
                 "a value that LangGraph's EncryptedSerializer wrote could not be decrypted: it was"
                 " changed, or the key is another one. It was not used."

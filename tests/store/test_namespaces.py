@@ -15,6 +15,7 @@ from langgraph.store.postgres import PostgresStore
 from psycopg.sql import SQL
 
 from langgraph_vat import InvalidInputError, Keyring, SemanticStore
+from langgraph_vat._durable import items as items_sql
 from langgraph_vat._durable import namespaces as sql
 from tests.store.embedder import DIMS, embed
 from tests.test_plans import looked_at
@@ -262,6 +263,19 @@ def test_everything_is_not_deleted_by_mistake(store):
     with pytest.raises(InvalidInputError, match="scoped"):
         store.shred_all()
     assert store.count() == 1
+
+
+def test_few_rows_are_looked_at_to_find_what_is_to_be_sealed(filled):
+    filled.execute("SET plan_cache_mode = force_custom_plan")
+    everything = {"bound": "", "end": None, "limit": 100}
+    found = filled.execute(sql.ROOTS, everything).fetchall()
+    assert len(found) == 100
+    assert {root for _, root, _ in found} > {"u", "u-0", "u-7", "vat-tenant:1"}
+    assert looked_at(plan_of(filled, sql.ROOTS, everything)) <= 500
+    rest = {"bound": "vat-tenant;", "end": None, "limit": 100}
+    assert filled.execute(sql.ROOTS, rest).fetchall() == [("z\x01", "z", True)]
+    page = {"first": "u.", "end": "u/", "after_prefix": "", "after_key": "", "limit": 10}
+    assert looked_at(plan_of(filled, items_sql.PLAIN_ITEMS, page)) <= 33
 
 
 def test_few_rows_are_looked_at_to_delete_and_to_open(filled):

@@ -27,6 +27,7 @@ from langgraph_vat import (
     SealError,
     SemanticStore,
 )
+from tests.fix_servers import waiting
 from tests.store.embedder import DIMS, embed
 
 INDEX = {"dims": DIMS, "embed": embed, "fields": ["text"]}
@@ -301,14 +302,48 @@ def test_a_page_may_be_larger_than_anything(store):
 
 
 def test_an_item_that_is_not_sealed_is_named(postgres_url):
-    with (
-        SemanticStore.from_conn_string(postgres_url) as plain,
-        SemanticStore.from_conn_string(postgres_url, keyring=Keyring.generate()) as store,
-    ):
+    with SemanticStore.from_conn_string(postgres_url, keyring=Keyring.generate()) as store:
         store.put(("a", "b"), "other", {"text": "x"})
-        plain.put(("a", "b"), "k", {"text": "x"})
+        with psycopg.connect(postgres_url) as connection:
+            connection.execute("INSERT INTO store (prefix, key, value) VALUES ('a.b', 'k', '{}')")
         with pytest.raises(SealError, match=r"'k' of 'a\.b'"):
             store.search(("a",))
+
+
+PLACES = [(("n", label), "k") for label in "cba"]  # not in their order
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [GetOp(*place) for place in PLACES],
+        [SearchOp(("n",))],
+        [SearchOp(namespace) for namespace, _ in PLACES],
+        [PutOp(*place, {"n": 2}) for place in PLACES],
+        [PutOp(*place, None) for place in PLACES],
+    ],
+    ids=["get", "search", "searches", "put", "delete"],
+)
+def test_rows_are_locked_in_one_order(postgres_url, ops):
+    with (
+        SemanticStore.from_conn_string(postgres_url) as store,
+        psycopg.connect(postgres_url) as holder,
+        psycopg.connect(postgres_url) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for place in reversed(PLACES):
+            store.put(*place, {"n": 1}, ttl=10)
+        holder.execute("SELECT FROM store WHERE prefix = 'n.a' FOR UPDATE")
+        run = pool.submit(store.batch, ops)
+        while not (waiting(postgres_url) or run.done()):
+            pass
+        try:
+            rest = "SELECT prefix FROM store WHERE prefix > 'n.a' FOR UPDATE NOWAIT"
+            assert len(other.execute(rest).fetchall()) == 2
+        finally:
+            other.rollback()
+            holder.rollback()
+        run.result()
 
 
 def test_a_vector_of_zeros_is_like_none(postgres_url):
