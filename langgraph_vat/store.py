@@ -275,9 +275,9 @@ class SemanticStore(Managed, BaseStore):
             InvalidInputError: An argument cannot be answered, or needs what the store
                 was made without. Nothing was searched.
         """
-        refresh = self._refreshes if refresh_ttl is None else refresh_ttl
-        fields = namespace_prefix, filter, limit, offset, query, refresh
-        return self.batch([RankedSearchOp(*fields, options=options)])[0]  # type: ignore[return-value]
+        fields = namespace_prefix, filter, limit, offset, query
+        op = self._search_op(*fields, refresh_ttl=refresh_ttl, options=options)
+        return self.batch([op])[0]  # type: ignore[return-value]
 
     async def asearch(
         self,
@@ -292,14 +292,16 @@ class SemanticStore(Managed, BaseStore):
         **options: Unpack[SearchOptions],
     ) -> list[SearchItem]:
         """Like `search`."""
-        refresh = self._refreshes if refresh_ttl is None else refresh_ttl
-        fields = namespace_prefix, filter, limit, offset, query, refresh
-        found = await self.abatch([RankedSearchOp(*fields, options=options)])
-        return found[0]  # type: ignore[return-value]
+        fields = namespace_prefix, filter, limit, offset, query
+        op = self._search_op(*fields, refresh_ttl=refresh_ttl, options=options)
+        return (await self.abatch([op]))[0]  # type: ignore[return-value]
 
-    @property
-    def _refreshes(self) -> bool:
-        return (self.ttl_config or {}).get("refresh_on_read", True)
+    def _search_op(
+        self, *fields: Any, refresh_ttl: bool | None, options: SearchOptions
+    ) -> RankedSearchOp:
+        if refresh_ttl is None:
+            refresh_ttl = (self.ttl_config or {}).get("refresh_on_read", True)
+        return RankedSearchOp(*fields, refresh_ttl, options=options)
 
     def index_texts(self) -> int:
         """
