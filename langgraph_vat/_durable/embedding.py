@@ -8,6 +8,8 @@ nobody else takes it.
 
 from typing import LiteralString
 
+from langgraph_vat._durable.namespaces import ORDER
+
 TABLE: dict[str, str] = {
     "vat_store_pending": "prefix key paths since attempts error tried_at taken_until due_at"
 }
@@ -65,14 +67,16 @@ FROM n WHERE p.prefix = n.prefix AND p.key = n.key RETURNING 1
 """
 
 # Items that nobody put again, or deleted, since they were read; in the order of all who lock them.
-LOCK_UNCHANGED: LiteralString = """
+LOCK_UNCHANGED: LiteralString = (
+    """
 SELECT s.prefix, s.key
 FROM unnest(%(prefixes)s::text[], %(keys)s::text[], %(updated)s::timestamptz[])
     AS n (prefix, key, updated_at)
 JOIN store s ON s.prefix = n.prefix AND s.key = n.key
-WHERE s.updated_at IS NOT DISTINCT FROM n.updated_at
-ORDER BY s.prefix COLLATE "C", s.key FOR NO KEY UPDATE OF s
-"""
+WHERE s.updated_at IS NOT DISTINCT FROM n.updated_at"""
+    + ORDER
+    + " FOR NO KEY UPDATE OF s"
+)
 
 # Whoever deletes the row has indexed the item; of two nobody does it twice.
 FINISH: LiteralString = """

@@ -9,7 +9,7 @@ stranger left behind by writing the item anew counts as none.
 from typing import LiteralString
 
 from langgraph_vat._durable.items import ITEM
-from langgraph_vat._durable.namespaces import IN_ORDER, LIVING, NEXT, SEES_ALL
+from langgraph_vat._durable.namespaces import IN_ORDER, LIVING, NEXT, OF_ROOT, ORDER, SEES_ALL
 
 # The one table that says something of items, and is as secure as they are.
 TEXTS = "vat_store_texts"
@@ -102,8 +102,9 @@ WITH n AS MATERIALIZED (
                 %(types)s::text[], %(texts)s::text[])
         AS n (prefix, key, updated_at, type, text)
     JOIN store s ON s.prefix = n.prefix AND s.key = n.key
-    WHERE s.updated_at = n.updated_at AND s.vat_type IS NOT DISTINCT FROM n.type
-    ORDER BY s.prefix COLLATE "C", s.key COLLATE "C" FOR SHARE OF s
+    WHERE s.updated_at = n.updated_at AND s.vat_type IS NOT DISTINCT FROM n.type"""
+    + ORDER
+    + """ FOR SHARE OF s
 )
 INSERT INTO vat_store_texts AS t (prefix, key, updated_at, document, words)
 SELECT r.prefix, r.key, r.updated_at, r.document, r.words FROM ("""
@@ -118,10 +119,7 @@ RETURNING 1
 
 # Whether any process ever had a `text_search` here.
 HAS_TEXTS: LiteralString = "SELECT to_regclass('vat_store_texts') IS NOT NULL"
-FORGET_TEXTS: LiteralString = """
-DELETE FROM vat_store_texts t
-WHERE t.prefix = %(root)s OR t.prefix >= %(root)s || '.' AND t.prefix < %(root)s || '/'
-"""
+FORGET_TEXTS: LiteralString = "DELETE FROM vat_store_texts s WHERE " + OF_ROOT
 
 # Which documents a search is about, as `items` says it of items: what is counted of one tenant
 # must tell nothing of another.

@@ -157,6 +157,11 @@ def ranges(prefix: str) -> list[tuple[str, str | None]]:
     return [(prefix, f"{prefix}\x01"), (f"{prefix}.", f"{prefix}/")]
 
 
+def below(prefix: str) -> tuple[str, str | None]:
+    """Return where all below a namespace is, in the same way; of "" all there is, and tenants'."""
+    return ranges(prefix)[1] if prefix else ("", None)
+
+
 # Of a label that was shredded nothing can be found.
 COUNT: LiteralString = (
     "SELECT count(*) FROM store s WHERE "

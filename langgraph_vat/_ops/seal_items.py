@@ -36,9 +36,8 @@ async def seal_roots(items: Items, backend: Backend, only: str = "") -> Sealed:
     """Seal the roots that have no data key; `only` one, or "" for all."""
     check_window(items.keyring, items.settings)
     await open_tokens(items, backend)
-    params: dict[str, Any] = {"bound": "", "end": None, "limit": _PAGE}
-    if only:
-        params |= {"bound": f"{only}.", "end": f"{only}/"}
+    first, end = namespaces.below(only)
+    params: dict[str, Any] = {"bound": first, "end": end, "limit": _PAGE}
     done, tried, size = Sealed(0, 0, 0), set(), _PAGE
     while size == _PAGE:
         rows = await backend.durable.fetch(namespaces.ROOTS, params)

@@ -140,14 +140,13 @@ async def index_texts(
 
     Of `only` one root, or "" for all.
     """
-    first, end = namespaces.ranges(only)[1] if only else ("", None)
+    first, end = namespaces.below(only)
     place, size, count = ("", ""), _PAGE, 0
     while size == _PAGE:
         params: dict[str, Any] = {"first": first, "end": end, "limit": _PAGE}
         params |= {"after_prefix": place[0], "after_key": place[1]}
         rows = await backend.durable.fetch(sql.WITHOUT_TEXTS, params, plan_anew=True)
-        # Sorted as a batch's puts are: whoever waits for another's document holds no later one.
-        new = sorted((*row[:2], row[6], row[3], _old_text(texts, serde, row)) for row in rows)
+        new = [(*row[:2], row[6], row[3], _old_text(texts, serde, row)) for row in rows]
         names = ("prefixes", "keys", "updated", "types", "texts")
         count += len(await backend.durable.fetch(sql.ADD_TEXTS, columns(new, *names)))
         size, place = len(rows), rows[-1][:2] if rows else place

@@ -24,6 +24,7 @@ from langgraph_vat import (
 from langgraph_vat._io.blocking import BlockingSession
 from langgraph_vat._ops import lexical, texts
 from langgraph_vat._ops.ranking import RankedSearchOp
+from tests.fix_servers import waiting
 from tests.store.embedder import DIMS, embed
 from tests.test_plans import looked_at
 
@@ -449,16 +450,11 @@ def test_reading_older_texts_takes_the_place_of_no_newer_one(words, postgres_url
         other.execute("UPDATE store SET updated_at = now()")
         other.execute("UPDATE vat_store_texts SET updated_at = now(), document = 'new:1'")
         reading = pool.submit(words.index_texts)
-        while not run(postgres_url, WAITING).fetchone()[0]:
+        while not waiting(postgres_url):
             assert not reading.done()
         other.commit()
         assert reading.result() == 0
     assert scored(words.search(("u",), query="new")) == ["k"]
-
-
-WAITING = """
-SELECT count(*) FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event_type = 'Lock'"""
 
 
 def test_items_may_be_put_while_those_from_before_are_read(words, postgres_url):
